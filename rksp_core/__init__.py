@@ -1,0 +1,68 @@
+"""The numerics of Residual Koopman Spectral Profiling and Shaping (Kim et al. 2026), for any trainer.
+
+Names are imported when they are first used: ``from rksp_core import ControlListener`` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rksp_core.capture import find_blocks
+    from rksp_core.control import ControlListener, ControlWriter, Desired, KSSSettings
+    from rksp_core.kreiss import KreissResult, kreiss_constant, transient_growth
+    from rksp_core.kss import KSSRegularizer, kss_loss
+    from rksp_core.moments import Moments
+    from rksp_core.profile import LayerProfile, ModelProfile
+    from rksp_core.profiling import profile_model
+    from rksp_core.profile_writer import ProfileWriter
+
+_HOME = {
+    "ControlListener": "control",
+    "ControlWriter": "control",
+    "Desired": "control",
+    "KSSRegularizer": "kss",
+    "KSSSettings": "control",
+    "KreissResult": "kreiss",
+    "LayerProfile": "profile",
+    "ModelProfile": "profile",
+    "Moments": "moments",
+    "ProfileWriter": "profile_writer",
+    "find_blocks": "capture",
+    "kreiss_constant": "kreiss",
+    "kss_loss": "kss",
+    "profile_model": "profiling",
+    "transient_growth": "kreiss",
+}
+
+__all__ = [
+    "ControlListener",
+    "ControlWriter",
+    "Desired",
+    "KSSRegularizer",
+    "KSSSettings",
+    "KreissResult",
+    "LayerProfile",
+    "ModelProfile",
+    "Moments",
+    "ProfileWriter",
+    "find_blocks",
+    "kreiss_constant",
+    "kss_loss",
+    "profile_model",
+    "transient_growth",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``name`` from the module that holds it (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'rksp_core' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"rksp_core.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,58 @@
+"""Compact profiles from inside a run: the trainer writes them, the watcher treats each as an event of the run.
+
+Checkpoints are often 500-5000 steps apart, too far for early warning; a profile of a fixed probe costs one forward
+pass and some linear algebra, so a trainer can afford one every few steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from rksp_core.profile import ModelProfile
+
+FOLDER = "profiles"
+
+
+class ProfileWriter:
+    """Writes ``<run>/profiles/step-00000010.json``, each file atomically.
+
+    Parameters
+    ----------
+    run_folder
+        The folder of the run; ``profiles/`` is created below it.
+    every
+        Steps between two profiles; 0 writes none.
+    """
+
+    def __init__(self, run_folder: str | os.PathLike[str], *, every: int) -> None:
+        self.folder = Path(run_folder) / FOLDER
+        self.every = every
+        if every > 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def due(self, step: int) -> bool:
+        """Whether a profile is wanted at this step."""
+        return self.every > 0 and step % self.every == 0
+
+    def write(
+        self,
+        profile: ModelProfile,
+        step: int,
+        *,
+        loss: float | None = None,
+        gradient_norm: float | None = None,
+    ) -> Path:
+        """Write one profile with the trainer's own figures beside it, and return its path.
+
+        ``loss`` and ``gradient_norm`` (before clipping) may be None, or not finite: then they are stored as None.
+        """
+        stamped = dataclasses.replace(profile, step=step, loss=_finite(loss), gradient_norm=_finite(gradient_norm))
+        path = self.folder / f"step-{step:08d}.json"
+        stamped.save(path, eigenvalues=False)
+        return path
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and abs(value) < float("inf") else None

@@ -1,0 +1,1 @@
+"""The ``rksp`` command and the daemon that watches a training job."""

@@ -1,0 +1,73 @@
+"""The ``rksp`` command: parses, calls, turns every outcome into a documented exit code.
+
+0  pass
+1  risk at or above --fail-on
+2  usage, configuration or internal error
+3  inconclusive
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import click
+import typer
+
+from rksp_core.errors import RkspError
+
+app = typer.Typer(
+    name="rksp",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Watch the spectra of a transformer's residual stream, before and during training.",
+    epilog="Exit codes: 0 pass, 1 risk at or above --fail-on, 2 usage / configuration / internal error, "
+    "3 inconclusive.",
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit with a documented code.
+
+    A crash must never look like "high risk": Python's own code for an uncaught exception is 1, and so is Click's for
+    some errors, so every exception is mapped here.
+    """
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    """Run the command line and return the exit code."""
+    try:
+        result = app(args=argv, prog_name="rksp", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+    except click.exceptions.Abort:
+        return _say("stopped by the user")
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except RkspError as error:
+        return _say(str(error), code=error.exit_code)
+    except BrokenPipeError:
+        # The reader of our output went away (`rksp ... | head`): close quietly, as other commands do.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except KeyboardInterrupt:
+        return _say("stopped by the user")
+    except Exception:  # noqa: BLE001 - the last resort: an unknown error is ours, and shows its traceback
+        traceback.print_exc()
+        return _say("internal error: please report the traceback above")
+
+
+def _say(message: str, *, code: int = 2) -> int:
+    print(f"rksp: {message}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+def _register() -> None:
+    """Attach the commands; their modules import torch only when they run."""
+
+
+_register()

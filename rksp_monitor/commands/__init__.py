@@ -1,0 +1,1 @@
+"""One module a command of ``rksp``; none of them imports torch before it runs."""
