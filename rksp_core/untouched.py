@@ -1,0 +1,37 @@
+"""Run a model and leave it as it was found: modes, gradients, random state."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Restore the random state of Python, NumPy, torch and every CUDA device that is in use."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - a model may use the global state
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode without gradients; restore every module's own mode and the random state."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with random_state_kept(), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
