@@ -1,0 +1,353 @@
+"""Generate the Grafana dashboard ``rksp.json`` (schema of Grafana 11.6).
+
+Run ``python grafana/dashboard.py`` after a change and commit both files; a test compares them. The top row answers
+what someone woken at night asks first: is a run in trouble, is the watcher alive, has the trainer obeyed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from grafana_foundation_sdk.builders import dashboard
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models import dashboard as model
+from panels import RISK_STEPS, RISK_WORDS, SOURCE, lines, number, timeline
+
+TARGET = Path(__file__).with_name("rksp.json")
+WATCHER = 'job=~"$job",instance=~"$instance"'
+RUN = f'{WATCHER},run=~"$run"'
+
+
+def build() -> str:
+    """Return the dashboard as the JSON text that is committed."""
+    board = (
+        dashboard.Dashboard("RKSP: spectra of training runs")
+        .uid("rksp")
+        .description(
+            "Koopman spectra of the residual stream, risk, and what the trainer was told (see docs/runbook.md)."
+        )
+        .tags(["rksp", "training"])
+        .timezone("utc")
+        .time("now-6h", "now")
+        .refresh("30s")
+        .tooltip(model.DashboardCursorSync.CROSSHAIR)
+        .editable()
+    )
+    for variable in variables():
+        board.with_variable(variable)
+    for title, panels, collapsed in rows():
+        row = dashboard.Row(title).collapsed(collapsed)
+        if collapsed:
+            for panel in panels:
+                row.with_panel(panel)
+        board.with_row(row)
+        if not collapsed:
+            for panel in panels:
+                board.with_panel(panel)
+    document: dict[str, Any] = json.loads(json.dumps(board.build(), cls=JSONEncoder))
+    document["annotations"] = {"list": switch_marks()}
+    for identity, panel in enumerate(_all_panels(document["panels"]), start=1):
+        panel["id"] = identity
+    return json.dumps(document, indent=2, sort_keys=True) + "\n"
+
+
+def variables() -> list[Any]:
+    """``$datasource``, ``$job``, ``$instance``, ``$run``, each narrowing the next."""
+    # "All" means the listed values for job and instance, or `up` would count every other target of Prometheus;
+    # for run it means any, so that a run that starts while the page is open appears.
+    return [
+        dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"),
+        _choice("job", "Job", "label_values(rksp_build_info, job)"),
+        _choice("instance", "Watcher", 'label_values(rksp_build_info{job=~"$job"}, instance)'),
+        _choice("run", "Run", f"label_values(rksp_run_info{{{WATCHER}}}, run)").all_value(".*"),
+    ]
+
+
+def switch_marks() -> list[dict[str, Any]]:
+    """Vertical lines where the trainer switched KSS and where a new order was written."""
+    # Plain dictionaries: the SDK has no place for the Prometheus fields of an annotation (step, formats). The window
+    # is twice the step, so that a switch between two evaluations is never lost.
+    marks = (
+        ("KSS switched by the trainer", "rksp_control_applied_generation", "blue", "KSS switched in {{run}}"),
+        ("New order from the watcher", "rksp_control_desired_generation", "purple", "new order for {{run}}"),
+    )
+    return [
+        {
+            "name": name,
+            "datasource": {"type": "prometheus", "uid": "$datasource"},
+            "enable": True,
+            "hide": False,
+            "iconColor": colour,
+            "expr": f"changes({metric}{{{RUN}}}[2m]) > 0",
+            "step": "60s",
+            "titleFormat": title,
+            "tagKeys": "run",
+        }
+        for name, metric, colour, title in marks
+    ]
+
+
+def rows() -> list[tuple[str, list[Any], bool]]:
+    """Return (title, panels, collapsed) from top to bottom."""
+    return [
+        ("Is anything wrong?", overview(), False),
+        ("Risk and drift", risk(), False),
+        ("Signalling", signalling(), False),
+        ("Spectra", spectra(), False),
+        ("Checkpoints and replay", checkpoints(), False),
+        ("Layers (only when the watcher exports them)", layers(), True),
+    ]
+
+
+def overview() -> list[Any]:
+    """Six numbers that must be readable from the other end of the room."""
+    behind = f"rksp_control_desired_generation{{{RUN}}} - rksp_control_applied_generation{{{RUN}}}"
+    return [
+        number(
+            "Risk",
+            "Risk level of each run as the policy judges it. Advisory: healthy learning moves the spectra too; "
+            "look at the loss before you act.",
+            f"rksp_risk_level{{{RUN}}}",
+            steps=RISK_STEPS,
+            words=RISK_WORDS,
+        ),
+        number(
+            "Watcher",
+            "Whether Prometheus can scrape each watcher. DOWN or no data: nobody is looking at the run; the training "
+            "itself does not depend on the watcher.",
+            f"up{{{WATCHER}}}",
+            legend="{{instance}}",
+            steps=((None, "red"), (1.0, "green")),
+            words={0: ("DOWN", "red"), 1: ("alive", "green")},
+            empty="ABSENT",
+        ),
+        number(
+            "Trainer behind by",
+            "Orders that the trainer has not acknowledged (desired minus applied generation). 0: it has obeyed.",
+            behind,
+            steps=((None, "green"), (1.0, "red")),
+            words={0: ("obeyed", "green")},
+            unit="suffix: orders",
+        ),
+        number(
+            "Since last result",
+            "Time since a checkpoint or profile of the run was last judged. Compare with how often it writes one.",
+            f"time() - rksp_checkpoint_last_processed_timestamp_seconds{{{RUN}}}",
+            unit="s",
+            steps=((None, "green"), (1800.0, "yellow"), (3600.0, "red")),
+        ),
+        number(
+            "Last step judged",
+            "Training step of the newest checkpoint or profile that was judged.",
+            f"rksp_checkpoint_last_processed_step{{{RUN}}}",
+        ),
+        number(
+            "Alerts firing",
+            "Firing alerts whose name starts with Rksp, over all runs. Each has an entry in docs/runbook.md.",
+            'count(ALERTS{alertname=~"Rksp.*",alertstate="firing"}) or vector(0)',
+            legend="firing",
+            steps=((None, "green"), (1.0, "red")),
+        ),
+    ]
+
+
+def risk() -> list[Any]:
+    """How the risk level came about."""
+    return [
+        timeline(
+            "Risk level",
+            "Risk level of each run over time. Purple and blue lines mark orders and the trainer's switches.",
+            f"rksp_risk_level{{{RUN}}}",
+        ),
+        lines(
+            "Drift of the near-unit mass",
+            "Mean share of modes near the unit circle, minus its reference in the same run. In our runs it fell before "
+            "divergence, and also while a healthy run learned.",
+            "percentunit",
+            (f"rksp_near_unit_mass_drift{{{RUN}}}", "{{run}}"),
+        ),
+        lines(
+            "Drift of the Kreiss constant",
+            "Change of the Kreiss constant against its reference in the same run; rising means more transient growth.",
+            "none",
+            (f"rksp_kreiss_constant_drift{{{RUN}}}", "{{run}}"),
+        ),
+        lines(
+            "Drift in units of its noise",
+            "Drift divided by its own noise. Below about 3 a drift cannot be told from chance.",
+            "suffix: sigma",
+            (f"rksp_drift_sigmas{{{RUN}}}", "{{run}}"),
+        ),
+    ]
+
+
+def signalling() -> list[Any]:
+    """What the watcher asked for and what the trainer did."""
+    return [
+        lines(
+            "KSS weight",
+            "Regularizer weight alpha: ordered by the watcher, and applied by the trainer. 0 is off. "
+            "The lines should meet within a few steps of an order.",
+            "none",
+            (f"rksp_kss_desired_weight{{{RUN}}}", "{{run}} desired"),
+            (f"rksp_kss_applied_weight{{{RUN}}}", "{{run}} applied"),
+        ),
+        lines(
+            "Order generation",
+            "Number of the newest order and of the newest one the trainer acknowledged. A lasting gap fires an alert.",
+            "none",
+            (f"rksp_control_desired_generation{{{RUN}}}", "{{run}} desired"),
+            (f"rksp_control_applied_generation{{{RUN}}}", "{{run}} applied"),
+        ),
+    ]
+
+
+def spectra() -> list[Any]:
+    """The spectral figures of the newest profile, over its layers."""
+    return [
+        lines(
+            "Near-unit mass",
+            "Share of modes with |lambda| near 1: mean over layers, and the smallest layer.",
+            "percentunit",
+            (f"rksp_near_unit_mass_ratio{{{RUN}}}", "{{run}} mean"),
+            (f"rksp_near_unit_mass_min_ratio{{{RUN}}}", "{{run}} smallest layer"),
+        ),
+        lines(
+            "Kreiss constant",
+            "Worst-case transient growth (reference radius max(1, 1.05 rho)); 1 is the least it can be.",
+            "none",
+            (f"rksp_kreiss_constant_max{{{RUN}}}", "{{run}} largest layer"),
+            (f"rksp_kreiss_constant_mean{{{RUN}}}", "{{run}} mean"),
+        ),
+        lines(
+            "Non-normality",
+            "Henrici departure from normality, 0 to 1: 0 is a normal operator.",
+            "percentunit",
+            (f"rksp_henrici_departure_ratio{{{RUN}}}", "{{run}}"),
+        ),
+        lines(
+            "Largest gain of one block",
+            "Largest singular value of the whitened operator, and the largest spectral radius, over layers.",
+            "none",
+            (f"rksp_sigma_max{{{RUN}}}", "{{run}} sigma max"),
+            (f"rksp_spectral_radius_max{{{RUN}}}", "{{run}} spectral radius"),
+        ),
+        lines(
+            "Expansive mass",
+            "Share of modes that grow, mean over layers.",
+            "percentunit",
+            (f"rksp_expansive_mass_ratio{{{RUN}}}", "{{run}}"),
+        ),
+        lines(
+            "How far to trust the spectra",
+            "Non-linear share of the update (high: a linear operator describes the block badly), and share of modes "
+            "that pass the residual filter (low: few are reliable).",
+            "percentunit",
+            (f"rksp_nonlinearity_ratio{{{RUN}}}", "{{run}} non-linear share"),
+            (f"rksp_reliable_modes_ratio{{{RUN}}}", "{{run}} reliable modes"),
+        ),
+    ]
+
+
+def checkpoints() -> list[Any]:
+    """Whether the watcher keeps up."""
+    outcomes = ("processed", "failed", "skipped", "expired")
+    duration = "rksp_replay_duration_seconds_bucket"
+    return [
+        lines(
+            "Checkpoints per minute",
+            "Checkpoints and profiles by outcome. Failed ones were retried first; expired ones were deleted by a "
+            "retention policy before they could be read.",
+            "cpm",
+            *[
+                (f"60 * rate(rksp_checkpoints_{name}_total{{{RUN}}}[$__rate_interval])", f"{{{{run}}}} {name}")
+                for name in outcomes
+            ],
+        ),
+        lines(
+            "Backlog",
+            "Checkpoints seen and not judged yet. Growing: replay is slower than the run writes.",
+            "none",
+            (f"rksp_checkpoint_backlog{{{RUN}}}", "{{run}}"),
+        ),
+        lines(
+            "Age of the newest checkpoint",
+            "Time since one was last seen, and since one was last judged. Both rise: the trainer writes nothing. "
+            "Only the second rises: the watcher is stuck.",
+            "s",
+            (f"time() - rksp_checkpoint_last_seen_timestamp_seconds{{{RUN}}}", "{{run}} seen"),
+            (f"time() - rksp_checkpoint_last_processed_timestamp_seconds{{{RUN}}}", "{{run}} judged"),
+        ),
+        lines(
+            "Replay duration",
+            "Time to load a checkpoint, run the probe and compute its spectra. Empty while nothing is replayed; "
+            "profiles written by the trainer need no replay.",
+            "s",
+            *[
+                (
+                    f"histogram_quantile({share}, sum by (run, le) (rate({duration}{{{RUN}}}[$__rate_interval])))",
+                    f"{{{{run}}}} {name}",
+                )
+                for share, name in (("0.5", "median"), ("0.95", "95 %"))
+            ],
+        ),
+        lines(
+            "Replay worker restarts",
+            "Restarts of the process that reads checkpoints, per minute: it crashed or ran past its time limit.",
+            "cpm",
+            (f"60 * rate(rksp_replay_worker_restarts_total{{{RUN}}}[$__rate_interval])", "{{run}}"),
+        ),
+    ]
+
+
+def layers() -> list[Any]:
+    """Per-layer series, which the watcher exports only when asked."""
+    shown = (
+        ("Near-unit mass by layer", "Share of modes near the unit circle.", "percentunit", "near_unit_mass_ratio"),
+        ("Spectral radius by layer", "Largest |lambda|; often one layer only.", "none", "spectral_radius"),
+        ("Kreiss constant by layer", "Worst-case transient growth of each block.", "none", "kreiss_constant"),
+    )
+    return [
+        lines(title, text, unit, (f"rksp_layer_{name}{{{RUN}}}", "{{run}} {{layer}}"))
+        for title, text, unit, name in shown
+    ]
+
+
+def _choice(name: str, label: str, query: str) -> Any:
+    return (
+        dashboard.QueryVariable(name)
+        .label(label)
+        .datasource(SOURCE)
+        .query(query)
+        .refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .sort(model.VariableSort.ALPHABETICAL_ASC)
+        .multi(True)
+        .include_all(True)
+        .current(model.VariableOption(selected=True, text=["All"], value=["$__all"]))
+    )
+
+
+def _all_panels(panels: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield every panel, those inside collapsed rows too."""
+    for panel in panels:
+        yield panel
+        yield from panel.get("panels", [])
+
+
+def main(arguments: list[str]) -> int:
+    """Write the dashboard; with ``--check``, return 1 when the committed one is out of date."""
+    if arguments == ["--check"]:
+        if TARGET.read_text(encoding="utf-8") == build():
+            return 0
+        print("grafana/rksp.json is out of date: run `python grafana/dashboard.py` and commit it", file=sys.stderr)
+        return 1
+    TARGET.write_text(build(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
