@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rksp_core.kss import KSSRegularizer, kss_loss
     from rksp_core.moments import Moments
     from rksp_core.profile import LayerProfile, ModelProfile
-    from rksp_core.profiling import profile_model
     from rksp_core.profile_writer import ProfileWriter
+    from rksp_core.profiling import profile_model
 
 _HOME = {
     "ControlListener": "control",

@@ -65,7 +65,7 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
 
 
 def token_mask(batch: Batch) -> Bool[Tensor, "sequences length"] | None:
-    """Return True where a token is real, from ``attention_mask`` (1 = real) or ``src_key_padding_mask`` (True = padding)."""
+    """Return True where a token is real: ``attention_mask`` (1 = real), ``src_key_padding_mask`` (True = padding)."""
     if not isinstance(batch, Mapping):
         return None
     mask = batch.get("attention_mask")

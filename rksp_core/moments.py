@@ -89,7 +89,7 @@ class Moments:
         if not h_in.shape[0]:
             return
         h_in, h_out = h_in.detach(), h_out.detach()
-        self._hashes = torch.cat([self._hashes, _row_hashes(h_in).cpu()]).unique()
+        self._hashes = torch.cat([self._hashes, _row_hashes(h_in).cpu()]).unique()  # type: ignore[no-untyped-call]
         if self._keep and self.count + h_in.shape[0] < 2 * self.width:
             self._snapshots.append((h_in.cpu().clone(), h_out.cpu().clone()))
             self.count += h_in.shape[0]
@@ -108,7 +108,7 @@ class Moments:
         if other.width != self.width:
             raise ValueError(f"moments of widths {self.width} and {other.width} cannot be merged")
         self.rounding = max(self.rounding, other.rounding)
-        self._hashes = torch.cat([self._hashes, other._hashes]).unique()
+        self._hashes = torch.cat([self._hashes, other._hashes]).unique()  # type: ignore[no-untyped-call]
         if self._keep and other._keep and self.count + other.count < 2 * self.width:
             self._snapshots += other._snapshots
             self.count += other.count
@@ -137,7 +137,7 @@ class Moments:
         dist.all_reduce(second, group=group)
         parts: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(parts, (self._hashes, self.rounding), group=group)
-        self._hashes = torch.cat([hashes for hashes, _ in parts]).unique()
+        self._hashes = torch.cat([hashes for hashes, _ in parts]).unique()  # type: ignore[no-untyped-call]
         self.rounding = max(rounding for _, rounding in parts)
         self.count, self._mean, self._second = total, joint, second.to(mean.device)
 
@@ -163,20 +163,32 @@ class Moments:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the moments atomically as an ``.npz`` file."""
-        arrays: dict[str, Any] = {"head": np.array([self.width, self.count, self.rounding]), "hashes": self._hashes}
-        kept = self.snapshots
-        if kept is not None:
-            arrays |= {"h_in": kept[0], "h_out": kept[1]}
-        else:
-            arrays |= {"mean": self.mean.cpu(), "second": self.second.cpu()}
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        write_atomic(Path(path), buffer.getvalue())
+        write_atomic(Path(path), self._to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Moments:
         """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as arrays:
+        return cls._from_bytes(Path(path).read_bytes())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As plain bytes: between processes torch puts tensors into shared memory, of which a container has 64 MB.
+        return Moments._from_bytes, (self._to_bytes(),)
+
+    def _to_bytes(self) -> bytes:
+        head = np.array([self.width, self.count, self.rounding])
+        arrays: dict[str, Any] = {"head": head, "hashes": self._hashes.numpy()}
+        kept = self.snapshots
+        if kept is not None:
+            arrays |= {"h_in": kept[0].numpy(), "h_out": kept[1].numpy()}
+        else:
+            arrays |= {"mean": self.mean.cpu().numpy(), "second": self.second.cpu().numpy()}
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def _from_bytes(cls, data: bytes) -> Moments:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             width, count, rounding = arrays["head"]
             moments = cls(int(width), samples=int(count) if "h_in" in arrays else None)
             moments.count, moments.rounding = int(count), float(rounding)

@@ -15,7 +15,7 @@ from torch import nn
 def random_state_kept() -> Iterator[None]:
     """Restore the random state of Python, NumPy, torch and every CUDA device that is in use."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - a model may use the global state
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
         with torch.random.fork_rng(devices=devices):
             yield

@@ -1,0 +1,165 @@
+"""A few optimizer steps at the full learning rate, on a copy of the model, and where they lead.
+
+A spectrum at initialization cannot know the learning rate. The look-ahead can: hidden-state RMS after three Adam steps
+ranked divergence within one norm with AUROC .94 where near-unit mass alone was chance. Its figures are scores, not
+probabilities.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from rksp_core import batch as batches
+from rksp_core.capture import find_blocks, stream_out, uncompiled
+from rksp_core.errors import ConfigError, ModelError
+from rksp_core.profile import ModelProfile
+from rksp_core.untouched import random_state_kept
+
+OptimizerName = Literal["adamw", "adam", "sgd"]
+Loss = Callable[[Any, batches.Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class LookAhead:
+    """What happened in the look-ahead.
+
+    Attributes
+    ----------
+    steps
+        Steps taken; fewer than asked when the loss or the gradient was no longer finite.
+    losses, gradient_norms
+        One figure a step, before that step; None where it was not finite.
+    hidden_rms_before, hidden_rms_after
+        Root mean square of the last block's output; None where it is not finite.
+    profile
+        The profile of the moved copy, when one was asked for.
+    finite
+        Whether everything stayed finite.
+    """
+
+    steps: int
+    losses: tuple[float | None, ...]
+    gradient_norms: tuple[float | None, ...]
+    hidden_rms_before: float | None
+    hidden_rms_after: float | None
+    profile: ModelProfile | None
+    finite: bool
+
+
+def look_ahead(
+    model: nn.Module,
+    batch: batches.Batch,
+    loss: Loss,
+    *,
+    learning_rate: float,
+    optimizer: OptimizerName = "adamw",
+    steps: int = 5,
+    seed: int = 0,
+    blocks: str | None = None,
+    profile: Callable[[nn.Module], ModelProfile] | None = None,
+) -> LookAhead:
+    """Take ``steps`` steps at the full ``learning_rate`` on a copy, without warm-up; the model itself is untouched.
+
+    Parameters
+    ----------
+    batch
+        The batch of every step.
+    loss
+        (model output, batch) -> scalar.
+    optimizer
+        ``adamw`` or ``adam`` (torch's defaults), or ``sgd`` with momentum 0.9.
+    seed
+        Of dropout and the like; the random state is restored.
+    profile
+        Profiles the moved copy; called only when everything stayed finite.
+
+    Raises
+    ------
+    ConfigError
+        When the optimizer is unknown or the learning rate is not positive.
+    ModelError
+        When the loss is no scalar with a gradient.
+    """
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise ConfigError(f"the learning rate must be positive, got {learning_rate}")
+    with random_state_kept(), torch.enable_grad():
+        torch.manual_seed(seed)
+        moved = copy.deepcopy(uncompiled(model)).train().requires_grad_()
+        stepper = make_optimizer(optimizer, moved, learning_rate)
+        device = next((p.device for p in moved.parameters()), torch.device("cpu"))
+        batch = batches.to_device(batch, device)
+        last = find_blocks(moved, blocks)[-1].module
+        before = _hidden_rms(moved, last, batch)
+        losses: list[float | None] = []
+        norms: list[float | None] = []
+        for _ in range(steps):
+            stepper.zero_grad(set_to_none=True)
+            value = loss(batches.call(moved, batch), batch)
+            if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+                raise ModelError("the loss must be a scalar tensor with a gradient; return a mean over the batch")
+            value.backward()  # type: ignore[no-untyped-call]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in moved.parameters() if p.grad is not None])
+            losses.append(_finite(value.item()))
+            norms.append(_finite(norm.item()))
+            if losses[-1] is None or norms[-1] is None:
+                break
+            stepper.step()
+        after = _hidden_rms(moved, last, batch)
+        finite = after is not None and None not in losses and None not in norms
+        return LookAhead(
+            steps=len(losses),
+            losses=tuple(losses),
+            gradient_norms=tuple(norms),
+            hidden_rms_before=before,
+            hidden_rms_after=after,
+            profile=profile(moved) if profile is not None and finite else None,
+            finite=finite,
+        )
+
+
+def make_optimizer(name: str, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """Return the optimizer called ``name`` over the model's parameters.
+
+    Raises
+    ------
+    ConfigError
+        When the name is unknown.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    if name == "adam":
+        return torch.optim.Adam(model.parameters(), lr=learning_rate)
+    if name == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
+    raise ConfigError(f"the optimizer must be one of {', '.join(get_args(OptimizerName))}, got {name!r}")
+
+
+def _hidden_rms(model: nn.Module, block: nn.Module, batch: batches.Batch) -> float | None:
+    found: list[float] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for value in (output, *args):
+            shape = value.shape if isinstance(value, Tensor) else ()
+            stream = stream_out(output, shape) if len(shape) >= 2 else None
+            if stream is not None:
+                found.append(float(stream.double().square().mean().sqrt()))
+                return
+
+    handle = block.register_forward_hook(hook)
+    try:
+        with torch.no_grad():
+            batches.call(model, batch)
+    finally:
+        handle.remove()
+    return _finite(found[0]) if found else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
