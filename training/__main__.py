@@ -1,0 +1,89 @@
+"""``python -m training CONFIG.yaml``: train one model, or go on with a run that was interrupted.
+
+Exit codes: 0 the run finished, or stopped cleanly on SIGTERM or --until (``--resume`` goes on with it); 2 usage or
+configuration error; 4 the run diverged (label ``rksp`` of `training.labels`), which is a finding and no crash.
+An unknown error keeps Python's traceback and exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from rksp_core.errors import RkspError
+from training.config import Config, read_config
+
+DIVERGED = 4
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        config = read_config(arguments.config, arguments.set)
+        return _check(config) if arguments.check else _train(config, resume=arguments.resume, until=arguments.until)
+    except RkspError as error:
+        print(f"training: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training", description="Train a small model from a YAML file.")
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    parser.add_argument("--check", action="store_true", help="validate, build the model, and train nothing")
+    parser.add_argument("--until", type=int, metavar="STEP", help="stop cleanly after this step")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. optimizer.learning_rate=0.01"
+    )
+    return parser
+
+
+def _check(config: Config) -> int:
+    from training.loop import build
+    from training.ranks import Ranks, choose_device
+
+    run = build(config, Ranks(0, 1, choose_device(config.device)))
+    count = sum(parameter.numel() for parameter in run.model.parameters())
+    print(f"{config.run_id}: the configuration is valid ({count:,} parameters, {config.steps} steps)")
+    return 0
+
+
+def _train(config: Config, *, resume: bool, until: int | None) -> int:
+    import torch
+
+    from training.loop import train
+    from training.ranks import join, leave
+
+    torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # on a GPU; the CPU's are deterministic anyway
+    stopping = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    ranks = join(config.device)
+    try:
+        result = train(config, ranks, resume=resume, until=until, stop=stopping.is_set, say=_say)
+    finally:
+        leave(ranks)
+    if ranks.first:
+        _say(_summary(config, result))
+    return DIVERGED if result["status"] == "diverged" else 0
+
+
+def _summary(config: Config, result: dict[str, Any]) -> str:
+    ending = f"{result['status']} at step {result['step']} of {config.steps}"
+    if result["status"] == "diverged":
+        ending = f"diverged at step {result['diverged_at']['rksp']} of {config.steps}"
+    figures = f"held-out loss {result['loss']}, accuracy {result['accuracy']:.3f}"
+    return f"{config.run_id} {ending}: {figures} ({config.output})"
+
+
+def _say(message: str) -> None:
+    print(message, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

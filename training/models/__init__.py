@@ -1,0 +1,1 @@
+"""Architectures that ``model.factory`` can name; each file reads from top to bottom."""

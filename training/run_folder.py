@@ -1,0 +1,82 @@
+"""The folder of one run, and whether a run may start or continue in it.
+
+config.yaml        the configuration, defaults filled in
+metrics.jsonl      one line a step
+checkpoints/       `training.checkpoint`
+profiles/          `rksp_core.ProfileWriter`
+control/           `rksp_core.control` (unless ``control.folder`` says otherwise)
+probe.safetensors  the batch that profiles are taken on
+result.json        how the run ended: status, both divergence labels, horizon, final figures
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save
+from torch import Tensor
+
+from rksp_core.atomic import write_atomic
+from rksp_core.errors import ConfigError
+from training.checkpoint import checkpoints
+from training.config import Config, parse_config
+
+
+def open_folder(config: Config, *, resume: bool) -> Path | None:
+    """Make sure that the run may write to its folder; return the checkpoint to resume from, if any.
+
+    ``resume`` in a folder without a run starts from the beginning, so a scheduler can always pass it.
+
+    Raises
+    ------
+    ConfigError
+        When the folder holds a run and ``resume`` is False, holds a run of another configuration, or is not writable.
+    """
+    folder = Path(config.output)
+    stored = folder / "config.yaml"
+    if stored.exists():
+        if not resume:
+            raise ConfigError(f"{folder} already holds a run; pass --resume to continue it, or change output")
+        _refuse_another(config, stored)
+        return next(reversed(checkpoints(folder / "checkpoints")), None)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(stored, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    except OSError as error:
+        raise ConfigError(f"cannot write to the run folder {folder} ({error.strerror}); change output") from error
+    return None
+
+
+def write_probe(folder: Path, input_ids: Tensor) -> None:
+    """Write the probe batch (sequences, length) as a plain safetensors file, which `rksp` reads."""
+    write_atomic(folder / "probe.safetensors", save({"input_ids": input_ids}))
+
+
+def _refuse_another(config: Config, stored: Path) -> None:
+    """A resumed run goes on with what it began with; only the folder itself may have moved."""
+    now = _flat(config.model_dump(mode="json", exclude={"output"}))
+    then = _flat(_read(stored).model_dump(mode="json", exclude={"output"}))
+    changed = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"{stored.parent} was begun with {key} = {then.get(key)!r}, got {now.get(key)!r}; "
+            "resume with the same configuration, or change output"
+        )
+
+
+def _read(path: Path) -> Config:
+    try:
+        return parse_config(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}, so the run cannot be resumed; change output") from error
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"optimizer.learning_rate": 0.001, ...}."""
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

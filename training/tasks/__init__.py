@@ -1,0 +1,33 @@
+"""What a model is trained on. A task gives batches, the loss, and the accuracy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+# Streams of random numbers that must never meet: a batch is a pure function of (seed, stream, step).
+TRAINING, PROBE, EVALUATION = range(3)
+
+
+class Batch(NamedTuple):
+    """``input_ids`` (B, T) int64, and ``targets`` in the shape that the task's loss wants."""
+
+    input_ids: Tensor
+    targets: Tensor
+
+
+class Task(Protocol):
+    """The three things that the loop asks of a task."""
+
+    def batch(self, stream: int, step: int, size: int) -> Batch:
+        """Return the batch of this stream and step."""
+        ...
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss over the batch, a scalar, from logits (B, T, V)."""
+        ...
+
+    def accuracy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the share of right answers, a scalar in [0, 1]."""
+        ...
