@@ -74,13 +74,12 @@ class Profiles:
         """Write a profile when one is due; trouble in it is said, and never stops the run."""
         if not self._writer.due(step):
             return
+        loss, norm = (None, None) if record is None else (record.loss, record.gradient_norm)
         try:
             profile = profile_model(model, self._probe, samples=self._samples)
+            self._writer.write(profile, step, loss=loss, gradient_norm=norm)
         except Exception as error:  # noqa: BLE001 - a run of days is worth more than a profile of it
             self._say(f"no profile at step {step}: {error}")
-            return
-        loss, norm = (None, None) if record is None else (record.loss, record.gradient_norm)
-        self._writer.write(profile, step, loss=loss, gradient_norm=norm)
 
 
 class Control:

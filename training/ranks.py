@@ -35,7 +35,7 @@ class Ranks:
 
     def mean(self, value: Tensor) -> float:
         """Return the mean of a scalar over all processes."""
-        value = value.detach()
+        value = value.detach().to(self.device)
         if self.size > 1:
             value = value.clone()
             distributed.all_reduce(value)
