@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,7 +117,7 @@ def as_operator(A: Any) -> Tensor:
     ValueError
         If A is not a real square matrix of finite numbers.
     """
-    operator = torch.as_tensor(A).detach()
+    operator = A.detach() if isinstance(A, Tensor) else torch.from_numpy(np.array(A))
     if operator.ndim != 2 or operator.shape[0] != operator.shape[1]:
         raise ValueError(f"the operator has shape {tuple(operator.shape)}, expected a square matrix (m, m)")
     if operator.is_complex():
