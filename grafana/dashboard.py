@@ -165,20 +165,22 @@ def risk() -> list[Any]:
         ),
         lines(
             "Drift of the near-unit mass",
-            "Mean share of modes near the unit circle, minus its reference in the same run. In our runs it fell before "
+            "Mean share of modes near the unit circle, minus that of the run's first profile. It fell before "
             "divergence, and also while a healthy run learned.",
             "percentunit",
             (f"rksp_near_unit_mass_drift{{{RUN}}}", "{{run}}"),
         ),
         lines(
             "Drift of the Kreiss constant",
-            "Change of the Kreiss constant against its reference in the same run; rising means more transient growth.",
+            "Natural logarithm of the largest Kreiss constant over that of the run's first profile: 0.7 is a doubling, "
+            "and more transient growth.",
             "none",
             (f"rksp_kreiss_constant_drift{{{RUN}}}", "{{run}}"),
         ),
         lines(
-            "Drift in units of its noise",
-            "Drift divided by its own noise. Below about 3 a drift cannot be told from chance.",
+            "Step of the smallest near-unit mass, in units of its noise",
+            "Smallest near-unit mass over layers, minus its trailing average, in trailing standard deviations. Between "
+            "-3 and 3 it cannot be told from chance.",
             "suffix: sigma",
             (f"rksp_drift_sigmas{{{RUN}}}", "{{run}}"),
         ),
@@ -225,7 +227,7 @@ def spectra() -> list[Any]:
         ),
         lines(
             "Non-normality",
-            "Henrici departure from normality, 0 to 1: 0 is a normal operator.",
+            "Henrici departure of the largest layer, 0 to 1: 0 is a normal operator.",
             "percentunit",
             (f"rksp_henrici_departure_ratio{{{RUN}}}", "{{run}}"),
         ),
