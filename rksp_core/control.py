@@ -207,6 +207,29 @@ class ControlWriter:
                 largest = max(largest, generation)
         return largest + 1
 
+    def prepare(
+        self,
+        run_id: str,
+        kss: KSSSettings,
+        reason: Reason,
+        *,
+        known: int = 0,
+        expires_in: float | None = None,
+    ) -> Desired:
+        """Return the next order without writing it, so that a ledger can hold it before the trainer sees it.
+
+        ``known`` is the largest generation in the ledger; ``expires_in`` is in seconds from now, None never expires.
+        """
+        now = self._clock()
+        return Desired(
+            run_id=run_id,
+            generation=self.next_generation(known),
+            kss=kss,
+            issued_at=_timestamp(now),
+            expires_at=None if expires_in is None else _timestamp(now + expires_in),
+            reason=reason,
+        )
+
     def issue(
         self,
         run_id: str,
@@ -216,26 +239,22 @@ class ControlWriter:
         known: int = 0,
         expires_in: float | None = None,
     ) -> Desired:
-        """Write the next order and return it.
-
-        ``expires_in`` is in seconds from now; None never expires.
+        """Prepare the next order, write it and return it.
 
         Raises
         ------
         ControlError
             When the control folder cannot be written.
         """
-        now = self._clock()
-        desired = Desired(
-            run_id=run_id,
-            generation=self.next_generation(known),
-            kss=kss,
-            issued_at=_timestamp(now),
-            expires_at=None if expires_in is None else _timestamp(now + expires_in),
-            reason=reason,
-        )
+        desired = self.prepare(run_id, kss, reason, known=known, expires_in=expires_in)
         self.write(desired)
         return desired
+
+    def desired_generation(self) -> int:
+        """Return the generation in ``desired.json``, 0 when there is none that can be read."""
+        document = _read(self.folder / ORDER_FILE)
+        generation = document.get("generation") if isinstance(document, dict) else None
+        return generation if _whole(generation) else 0
 
     def write(self, desired: Desired) -> None:
         """Replace ``desired.json`` by this order.
@@ -254,7 +273,7 @@ class ControlWriter:
             )
         except OSError as error:
             raise ControlError(
-                f"cannot write an order to {self.folder} ({error.strerror}); check that it is a folder this user may write"
+                f"cannot write an order to {self.folder} ({error.strerror}); it must be a folder this user may write"
             ) from error
 
     def applied(self) -> Acknowledgement | None:

@@ -1,0 +1,61 @@
+"""A profile that the trainer wrote itself (`rksp_core.ProfileWriter`): ``profiles/step-00000010.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint, IncompleteCheckpoint, ProfileError
+from rksp_core.profile import ModelProfile
+from rksp_core.profile_writer import FOLDER
+from rksp_monitor.checkpoints.names import is_candidate, step_in
+
+KIND: Final = "profile"
+LARGEST = 256 * 2**20
+
+
+def matches(path: Path) -> bool:
+    """A JSON file with a step in its name, in the folder where trainers put profiles (others are metadata)."""
+    return path.suffix == ".json" and path.parent.name == FOLDER and is_candidate(path.name) and step(path) is not None
+
+
+def step(path: Path) -> int | None:
+    """Return the step in the name."""
+    return step_in(path.name)
+
+
+def check_complete(path: Path) -> None:
+    """Complete when the document parses: our writer renames it into place, another may not."""
+    read(path)
+
+
+def files(path: Path) -> list[Path]:
+    """Return the file itself."""
+    return [path]
+
+
+def read(path: Path) -> Mapping[str, Any]:
+    """Return the profile document, checked.
+
+    Raises
+    ------
+    CheckpointError
+        When the file is cut short (incomplete), gone (expired), or no profile (corrupt).
+    """
+    try:
+        if path.stat().st_size > LARGEST:
+            raise CorruptCheckpoint(f"{path.name} is larger than {LARGEST >> 20} MiB, so it is no profile")
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ExpiredCheckpoint(f"{path.name} is gone") from error
+    except (ValueError, RecursionError) as error:
+        raise IncompleteCheckpoint(f"{path.name} is no complete JSON document yet ({error})") from error
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path.name} cannot be read: {error.strerror}") from error
+    try:
+        ModelProfile.from_dict(document)
+    except (ProfileError, AttributeError) as error:
+        raise CorruptCheckpoint(f"{path.name}: {error}") from error
+    return document  # type: ignore[no-any-return]

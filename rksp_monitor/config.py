@@ -1,0 +1,215 @@
+"""The settings of ``rksp watch``: one schema, filled from flags, RKSP_* variables, a YAML file and defaults.
+
+The first of these wins. A nested setting is ``RKSP_REPLAY__TIMEOUT`` as a variable. A key that is not in the schema
+is refused, with the nearest one that is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from rksp_core.errors import ConfigError, RkspError
+from rksp_core.policy import Policy
+
+PREFIX = "RKSP_"
+FILE_VARIABLE = "RKSP_CONFIG"
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the settings."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Replay(Section):
+    """How a checkpoint is replayed in the worker process."""
+
+    timeout: Positive = Field(default=600.0, description="Seconds one checkpoint may take before its worker is ended.")
+    attempts: Count = Field(default=3, description="Attempts before a checkpoint counts as failed.")
+    retry_delay: Positive = Field(
+        default=5.0, description="Seconds before the second attempt; doubled for each further one."
+    )
+    incomplete_after: Positive = Field(
+        default=3600.0, description="Seconds after which an unfinished file counts as failed."
+    )
+    niceness: Annotated[int, Field(ge=0, le=19)] = Field(default=10, description="Added to the worker's niceness.")
+    threads: Count = Field(default=1, description="Threads of torch in the worker.")
+    samples: Count = Field(default=2048, description="Token states a layer is profiled on.")
+    sequences: Count = Field(default=32, description="Sequences of a random probe.")
+    length: Count = Field(default=64, description="Tokens in a sequence of a random probe.")
+
+
+class Control(Section):
+    """Where orders to the trainer go."""
+
+    folder: Path | None = Field(
+        default=None, description="Control folder; null takes the trainer's, or RUN_FOLDER/control."
+    )
+    mode: str = Field(default="0600", pattern="^0?[0-7]{3}$", description="Permission bits of desired.json, in octal.")
+
+
+class WatchSettings(BaseSettings):
+    """Settings of ``rksp watch``."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", extra="ignore", frozen=True, protected_namespaces=()
+    )
+
+    model: str | None = Field(default=None, description="MODEL, as for preflight; null takes RUN_FOLDER/config.yaml.")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the model's factory.")
+    probe: Path | None = Field(
+        default=None, description="Probe file; null takes RUN_FOLDER/probe.safetensors, else seeded random tokens."
+    )
+    seed: int = Field(default=0, description="Seed of a random probe, the model and the subsampling.")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:n.")
+    run_id: str | None = Field(
+        default=None, description="Name of the run; null takes the trainer's, or the folder's name."
+    )
+    poll_interval: Positive = Field(default=2.0, description="Seconds between two scans; file events shorten the wait.")
+    hints: bool = Field(default=True, description="Whether to ask the operating system for file events.")
+    listen: str = Field(
+        default="127.0.0.1:9109", description="Address of the metrics endpoint; port 0 picks a free one."
+    )
+    per_layer_metrics: bool = Field(default=False, description="Whether to export the rksp_layer_* series.")
+    state_dir: Path | None = Field(default=None, description="Local folder of the ledger; null is RUN_FOLDER/.rksp.")
+    enforce: bool = Field(default=False, description="Whether to write orders; false only logs and exports them.")
+    fail_on: Literal["never", "elevated", "high", "critical"] = Field(
+        default="never", description="Level of exit code 1."
+    )
+    replay: Replay = Field(default_factory=Replay)
+    control: Control = Field(default_factory=Control)
+    policy: Policy = Field(default_factory=Policy, description="Rules, hysteresis, cool-down, and what a level orders.")
+
+    @field_validator("listen")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        from rksp_monitor.endpoint import parse_address
+
+        parse_address(value)
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take what `read_settings` merged and nothing behind its back."""
+        del settings_cls, env_settings, dotenv_settings, file_secret_settings
+        return (init_settings,)
+
+
+def read_settings(path: Path | None = None, flags: Mapping[str, Any] | None = None) -> WatchSettings:
+    """Return the settings; ``flags`` that are None were not given.
+
+    Parameters
+    ----------
+    path
+        YAML file; None takes the one that RKSP_CONFIG names, if any.
+    flags
+        Values by name, nested as in the YAML; they win over everything else.
+
+    Raises
+    ------
+    ConfigError
+        When the file cannot be read, a key is unknown, or a value is out of its range: one sentence.
+    """
+    if path is None and os.environ.get(FILE_VARIABLE):
+        path = Path(os.environ[FILE_VARIABLE])
+    document = {} if path is None else _read_yaml(path)
+    source = "the settings" if path is None else str(path)
+    _refuse_misspelt_variables()
+    variables = EnvSettingsSource(WatchSettings)()
+    merged = _merge(_merge(document, variables), _given(flags or {}))
+    schema = WatchSettings.model_json_schema()
+    for key, near in _unknown_keys(merged, schema, schema):
+        raise ConfigError(f"{source}: unknown key {key!r}; did you mean {near!r}? See `rksp config schema`")
+    try:
+        return WatchSettings(**merged)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_sentence(error)}") from error
+    except RkspError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise ConfigError(f"cannot read {path} ({reason}); write one with `rksp config init`") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path} is no YAML{where}: {getattr(error, 'problem', None) or error}") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, got a {type(document).__name__}")
+    return document
+
+
+def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    nested = {name: _given(value) if isinstance(value, Mapping) else value for name, value in flags.items()}
+    return {name: value for name, value in nested.items() if value is not None and value != {}}
+
+
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Put ``high`` over ``low``, mapping by mapping."""
+    both = dict(low)
+    for name, value in high.items():
+        under = both.get(name)
+        both[name] = _merge(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
+    return both
+
+
+def _unknown_keys(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (path, nearest known path) of keys that the schema does not have; open mappings allow any."""
+    for option in (schema, *schema.get("anyOf", ()), *schema.get("allOf", ())):
+        part = root["$defs"][option["$ref"].rpartition("/")[2]] if "$ref" in option else option
+        if isinstance(value, list):
+            for index, item in enumerate(value):
+                for key, near in _unknown_keys(item, part.get("items", {}), root):
+                    yield f"{index}.{key}", f"{index}.{near}"
+        if not isinstance(value, Mapping):
+            continue
+        known, rest = part.get("properties"), part.get("additionalProperties")
+        for name, inner in value.items():
+            if known is not None and name not in known:
+                yield str(name), get_close_matches(str(name), known, 1, 0.0)[0]
+                continue
+            within = known[name] if known is not None else rest if isinstance(rest, Mapping) else {}
+            for key, near in _unknown_keys(inner, within, root):
+                yield f"{name}.{key}", f"{name}.{near}"
+
+
+def _refuse_misspelt_variables() -> None:
+    """Refuse RKSP_POL_INTERVAL: a variable that nearly names a setting; others with the prefix are not ours."""
+    known = {PREFIX + name.upper() for name in WatchSettings.model_fields} | {FILE_VARIABLE}
+    for name in os.environ:
+        if name.startswith(PREFIX) and name.partition("__")[0] not in known:
+            near = get_close_matches(name.partition("__")[0], known, 1, 0.85)
+            if near:
+                raise ConfigError(f"the variable {name} names no setting; did you mean {near[0]}?")
+
+
+def _sentence(error: ValidationError) -> str:
+    """Put the first finding into a sentence."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "a value"
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    return f"{where}: {message}, got {first['input']!r}; see `rksp config schema`"

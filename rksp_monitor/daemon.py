@@ -1,0 +1,311 @@
+"""The watcher of one run: discovery -> ledger -> replay -> drift -> policy -> control file and metrics.
+
+One thread does all the work; the metrics endpoint only reads. Whatever a checkpoint does to us is written to the
+ledger as its outcome, and the next one is processed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from structlog.typing import FilteringBoundLogger
+
+from rksp_core.control import ControlWriter, Desired, KSSSettings
+from rksp_core.drift import DriftState, measure
+from rksp_core.errors import CheckpointError, ControlError, ExpiredCheckpoint, ProfileError
+from rksp_core.policy import LEVELS, Decision, Evidence, PolicyState, decide
+from rksp_core.profile import ModelProfile
+from rksp_monitor.checkpoints import FORMATS
+from rksp_monitor.config import WatchSettings
+from rksp_monitor.discovery import Sighting, watch
+from rksp_monitor.ledger import Event, Ledger
+from rksp_monitor.metrics import Board
+
+RETRY_LIMIT = 300.0  # seconds: the back-off stops doubling here
+
+
+class Abandoned(Exception):  # noqa: N818 - an outcome of a replay, no error
+    """The replay was given up because the daemon stops."""
+
+
+class Replayer(Protocol):
+    """Turns a checkpoint into a profile. `rksp_monitor.replay.ReplayWorker` is the real one."""
+
+    restarts: int
+
+    def replay(self, path: Path, *, tick: Callable[[], None]) -> ModelProfile:
+        """Return the profile; raise CheckpointError, or `Abandoned`. Calls ``tick`` while it waits."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one call of `Daemon.run` did: events judged, and the highest level that held."""
+
+    judged: int
+    level: int
+    ended_by: str
+
+
+class Daemon:
+    """Watches one run.
+
+    Parameters
+    ----------
+    folder, run
+        The run folder and the name of the run in orders and metrics.
+    replayer
+        None when there is no model to load weights into: checkpoints are skipped, profiles are judged.
+    control
+        Where orders go; they are only written when ``settings.enforce`` is set.
+    stop, wake
+        Set both to end `run`.
+    tick
+        Called from the work loop, at least every second: the supervisor's watchdog.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        run: str,
+        settings: WatchSettings,
+        *,
+        ledger: Ledger,
+        board: Board,
+        log: FilteringBoundLogger,
+        replayer: Replayer | None,
+        control: ControlWriter,
+        stop: threading.Event,
+        wake: threading.Event,
+        tick: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.settings = settings
+        self._folder, self._run = folder, run
+        self._ledger, self._board, self._log = ledger, board, log
+        self._replayer, self._control = replayer, control
+        self._stop, self._wake, self._tick, self._clock = stop, wake, tick, clock
+        self._judged = 0
+        self._state = self._policy_state()
+        self._worst = self._state.level
+        self._gone: set[int] = set()
+
+    def run(self, *, once: bool = False, until_step: int | None = None) -> Outcome:
+        """Work until ``stop`` is set, ``once`` everything there is done, or ``until_step`` is judged."""
+        recovered = self._ledger.recover()
+        if recovered:
+            self._log.info("recovered", events=recovered)
+        self._export_control()
+        settings = self.settings
+        scans = watch(
+            self._folder, stop=self._stop, wake=self._wake, interval=settings.poll_interval, hints=settings.hints
+        )
+        for sightings in scans:
+            self._tick()
+            self._note(sightings)
+            reached = self._work(until_step)
+            self._deliver()
+            self._export_control()
+            if reached:
+                return Outcome(self._judged, self._worst, "until_step")
+            waiting = any(sighting.settling for sighting in sightings) or self._ledger.counts()["ready"]
+            if once and not waiting:
+                return Outcome(self._judged, self._worst, "once")
+        return Outcome(self._judged, self._worst, "stopped")
+
+    # -- discovery
+
+    def _note(self, sightings: list[Sighting]) -> None:
+        """Bring the ledger up to date with a scan."""
+        for sighting in sightings:
+            if self._ledger.record(sighting):
+                self._board.set(self._run, "rksp_checkpoint_last_seen_timestamp_seconds", self._clock())
+                self._log.info(
+                    "found" if sighting.complete else "writing",
+                    kind=sighting.kind,
+                    step=sighting.step,
+                    path=str(sighting.path),
+                    problem=sighting.problem,
+                )
+        present = {sighting.path for sighting in sightings}
+        for event in self._ledger.events("seen", "ready"):
+            if event.path not in present and not event.path.exists():
+                self._close(event, "expired", "it vanished before it was read")
+            elif event.status == "seen" and self._clock() - event.first_seen > self.settings.replay.incomplete_after:
+                self._close(event, "failed", f"it was never finished: {event.error}")
+        self._board.set(self._run, "rksp_checkpoint_backlog", self._ledger.counts()["ready"])
+
+    # -- work
+
+    def _work(self, until_step: int | None) -> bool:
+        """Process what is ready, lowest step first; return whether ``until_step`` was judged."""
+        while not self._stop.is_set() and (event := self._ledger.next_ready()) is not None:
+            self._tick()
+            done = self._process(event)
+            self._board.set(self._run, "rksp_checkpoint_backlog", self._ledger.counts()["ready"])
+            if done and until_step is not None and event.step >= until_step:
+                return True
+        return False
+
+    def _process(self, event: Event) -> bool:
+        """Process one event, whatever it is; return whether it was judged."""
+        if event.kind == "checkpoint" and self._replayer is None:
+            self._close(event, "skipped", "there is no model to load it into; give --model")
+            return False
+        self._ledger.claim(event)
+        event = dataclasses.replace(event, attempts=event.attempts + 1)
+        try:
+            self._judge(event, self._profile(event))
+        except Abandoned:
+            self._ledger.release(dataclasses.replace(event, attempts=event.attempts - 1))
+            return False
+        except ExpiredCheckpoint as error:
+            self._close(event, "expired", str(error))
+        except CheckpointError as error:
+            self._fail(event, str(error))
+        except ProfileError as error:
+            self._close(event, "skipped", str(error))
+        else:
+            return True
+        return False
+
+    def _profile(self, event: Event) -> ModelProfile:
+        """Return the event's profile: the trainer's own, or that of a replay."""
+        if event.kind == "profile":
+            return ModelProfile.from_dict(FORMATS[event.format].read(event.path))
+        assert self._replayer is not None  # noqa: S101 - `_process` skips checkpoints otherwise
+        restarts, start = self._replayer.restarts, time.monotonic()
+        try:
+            profile = self._replayer.replay(event.path, tick=self._tick)
+        finally:
+            self._board.count(self._run, "rksp_replay_worker_restarts_total", self._replayer.restarts - restarts)
+        self._board.observe_replay(self._run, time.monotonic() - start)
+        return dataclasses.replace(profile, step=event.step)
+
+    def _judge(self, event: Event, profile: ModelProfile) -> None:
+        """Measure the drift, decide, and write outcome, state and order in one transaction."""
+        name = f"drift/{event.kind}"
+        stored = self._ledger.load(name)
+        before = DriftState.from_dict(stored) if stored else None
+        after, drift = measure(before, profile, event.step)
+        state, decision = decide(self._state, Evidence(drift, self._clock()), self.settings.policy)
+        documents: dict[str, Any] = {"policy": state.to_dict()}
+        if after is not None:
+            documents[name] = after.to_dict()
+        order = self._order(decision)
+        if order is not None:
+            documents["order"] = order.to_dict()
+        self._ledger.finish(event, profile.to_dict(eigenvalues=False), documents)
+        self._state = state
+        self._worst = max(self._worst, state.level)
+        self._judged += 1
+        self._deliver()
+        self._report(event, profile, decision, late=drift.late)
+        if not drift.late:
+            self._board.show(self._run, profile, drift)
+        self._export_control()
+
+    def _report(self, event: Event, profile: ModelProfile, decision: Decision, *, late: bool) -> None:
+        board, now = self._board, self._clock()
+        board.count(self._run, "rksp_checkpoints_processed_total")
+        board.set(self._run, "rksp_checkpoint_last_processed_timestamp_seconds", now)
+        if not late:
+            board.set(self._run, "rksp_checkpoint_last_processed_step", event.step)
+        summary = profile.summary
+        self._log.info(
+            "judged",
+            kind=event.kind,
+            step=event.step,
+            late=late,
+            near_unit_mass=summary["near_unit_mass"]["mean"],
+            kreiss_constant=summary["kreiss_constant"]["max"],
+            risk=LEVELS[decision.level],
+            fired=list(decision.fired),
+        )
+        if decision.level != decision.previous_level:
+            self._log.warning("risk level", before=LEVELS[decision.previous_level], now=LEVELS[decision.level])
+        if decision.order is not None:
+            self._log.warning(
+                "order" if self.settings.enforce else "would order",
+                kss=dataclasses.asdict(decision.order),
+                reason=dataclasses.asdict(decision.reason),
+            )
+
+    def _fail(self, event: Event, problem: str) -> None:
+        """Count a failed attempt: another one after a back-off, or the end."""
+        replay = self.settings.replay
+        if event.attempts >= replay.attempts:
+            self._close(event, "failed", problem)
+            return
+        delay = min(replay.retry_delay * 2 ** (event.attempts - 1), RETRY_LIMIT)
+        self._log.warning("retry", step=event.step, path=str(event.path), problem=problem, seconds=delay)
+        self._ledger.retry(event, problem, delay)
+
+    def _close(self, event: Event, status: Any, problem: str) -> None:
+        self._ledger.close_event(event, status, problem)
+        self._board.count(self._run, f"rksp_checkpoints_{status}_total")
+        self._log.warning(status, kind=event.kind, step=event.step, path=str(event.path), problem=problem)
+
+    # -- control
+
+    def _policy_state(self) -> PolicyState:
+        """Return the stored state; when enforcing, what was ordered is what the ledger says was really issued."""
+        stored = self._ledger.load("policy")
+        state = PolicyState.from_dict(stored) if stored else PolicyState()
+        if not self.settings.enforce:
+            return state
+        order = self._issued()
+        if order is None:
+            return dataclasses.replace(
+                state, ordered=KSSSettings(), ordered_level=0, ordered_step=None, ordered_at=None
+            )
+        return dataclasses.replace(state, ordered=order.kss, ordered_level=order.reason.risk_level)
+
+    def _issued(self) -> Desired | None:
+        stored = self._ledger.load("order")
+        return Desired.from_dict(stored) if stored else None
+
+    def _order(self, decision: Decision) -> Desired | None:
+        """Prepare the order that the decision asks for; observing, there is none."""
+        if decision.order is None or not self.settings.enforce:
+            return None
+        issued = self._issued()
+        return self._control.prepare(
+            self._run,
+            decision.order,
+            decision.reason,
+            known=issued.generation if issued else 0,
+            expires_in=self.settings.policy.expires_in,
+        )
+
+    def _deliver(self) -> None:
+        """Write the last order of the ledger unless the trainer has it: after a crash, or a full disk, once more."""
+        order = self._issued() if self.settings.enforce else None
+        if order is None or self._control.desired_generation() >= order.generation:
+            return
+        try:
+            self._control.write(order)
+        except ControlError as error:
+            self._log.error("order not written", problem=str(error))
+
+    def _export_control(self) -> None:
+        """Export the orders, the acknowledgement, and the level."""
+        order, applied = self._issued(), self._control.applied()
+        expires_in = self.settings.policy.expires_in
+        ordered_at = self._state.ordered_at
+        expired = expires_in is not None and ordered_at is not None and self._clock() > ordered_at + expires_in
+        values: dict[str, float | None] = {
+            "rksp_risk_level": self._state.level,
+            "rksp_kss_desired_weight": 0.0 if expired else self._state.ordered.alpha,
+            "rksp_control_desired_generation": order.generation if order else 0,
+        }
+        if applied is not None and applied.run_id == self._run:
+            values["rksp_kss_applied_weight"] = applied.active_kss.alpha
+            values["rksp_control_applied_generation"] = applied.active_generation
+        for name, value in values.items():
+            self._board.set(self._run, name, value)

@@ -1,0 +1,283 @@
+"""Every metric that rksp exports, as a table, and the endpoint that serves them.
+
+The daemon puts values on a `Board`; `Collector` builds fresh families from it at each scrape, so the series of a run
+that was removed end, and nothing is registered globally.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector as BaseCollector
+
+from rksp_core.drift import Drift
+from rksp_core.profile import ModelProfile
+
+Reader = Callable[[ModelProfile, Drift], float | None]
+
+REPLAY_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """One row of the table. ``read`` says how a judged event sets it, ``layer`` which field a per-layer one shows."""
+
+    name: str
+    kind: Literal["gauge", "counter", "histogram", "info"]
+    help: str
+    labels: tuple[str, ...] = ("run",)
+    read: Reader | None = None
+    layer: str | None = None
+
+
+def _over_layers(name: str, aggregate: str) -> Reader:
+    return lambda profile, _: profile.summary[name][aggregate]
+
+
+def _gauge(name: str, text: str, read: Reader | None = None) -> Definition:
+    return Definition(name, "gauge", text, read=read)
+
+
+def _counter(name: str, text: str) -> Definition:
+    return Definition(name, "counter", text)
+
+
+def _layer(name: str, text: str, source: str) -> Definition:
+    return Definition(name, "gauge", text, ("run", "layer"), layer=source)
+
+
+METRICS: tuple[Definition, ...] = (
+    Definition("rksp_build_info", "info", "Versions of rksp, Python and the platform.", ()),
+    Definition("rksp_run_info", "info", "The run that is watched: its model, probe and mode."),
+    _gauge(
+        "rksp_near_unit_mass_ratio",
+        "Share of eigenvalues with modulus in [0.90, 1.05], mean over layers.",
+        _over_layers("near_unit_mass", "mean"),
+    ),
+    _gauge(
+        "rksp_near_unit_mass_min_ratio",
+        "Share of eigenvalues with modulus in [0.90, 1.05], minimum over layers.",
+        _over_layers("near_unit_mass", "min"),
+    ),
+    _gauge("rksp_sigma_max", "Largest singular value of the operator over layers.", _over_layers("sigma_max", "max")),
+    _gauge(
+        "rksp_henrici_departure_ratio",
+        "Departure from normality relative to the Frobenius norm, maximum over layers.",
+        _over_layers("henrici_departure", "max"),
+    ),
+    _gauge(
+        "rksp_expansive_mass_ratio",
+        "Share of eigenvalues with modulus above 1.05, mean over layers.",
+        _over_layers("expansive_mass", "mean"),
+    ),
+    _gauge("rksp_spectral_radius_max", "Largest spectral radius over layers.", _over_layers("spectral_radius", "max")),
+    _gauge(
+        "rksp_kreiss_constant_max",
+        "Kreiss constant at the reference radius, maximum over layers.",
+        _over_layers("kreiss_constant", "max"),
+    ),
+    _gauge(
+        "rksp_kreiss_constant_mean",
+        "Kreiss constant at the reference radius, mean over layers.",
+        _over_layers("kreiss_constant", "mean"),
+    ),
+    _gauge(
+        "rksp_nonlinearity_ratio",
+        "Share of the update that no linear operator explains, mean over layers.",
+        _over_layers("nonlinearity_ratio", "mean"),
+    ),
+    _gauge(
+        "rksp_reliable_modes_ratio",
+        "Share of eigenvalues that pass the residual filter, mean over layers.",
+        _over_layers("reliable_modes_ratio", "mean"),
+    ),
+    _gauge(
+        "rksp_near_unit_mass_drift",
+        "Mean near-unit mass minus that of the run's first profile.",
+        lambda _, drift: drift.from_baseline("near_unit_mass_mean"),
+    ),
+    _gauge(
+        "rksp_kreiss_constant_drift",
+        "Natural logarithm of the largest Kreiss constant over that of the run's first profile.",
+        lambda _, drift: drift.from_baseline("log_kreiss_max"),
+    ),
+    _gauge(
+        "rksp_drift_sigmas",
+        "Smallest near-unit mass minus its trailing average, in trailing standard deviations.",
+        lambda _, drift: drift.sigmas.get("near_unit_mass_min"),
+    ),
+    _gauge("rksp_divergence_probability_ratio", "Calibrated probability of divergence; absent until there is one."),
+    _gauge("rksp_risk_level", "Level of the policy: 0 ok, 1 elevated, 2 high, 3 critical."),
+    _gauge("rksp_kss_desired_weight", "Weight of the regularizer that the policy asks for; 0 is off."),
+    _gauge("rksp_kss_applied_weight", "Weight of the regularizer that the trainer acknowledged as active."),
+    _gauge("rksp_control_desired_generation", "Generation of the last order that was issued; 0 before the first."),
+    _gauge(
+        "rksp_control_applied_generation", "Generation that the trainer acknowledged as active; 0 before the first."
+    ),
+    _gauge("rksp_checkpoint_last_processed_step", "Training step of the newest event that was judged."),
+    _gauge("rksp_checkpoint_last_processed_timestamp_seconds", "Time at which an event was last judged."),
+    _gauge("rksp_checkpoint_last_seen_timestamp_seconds", "Time at which a new event was last seen."),
+    _gauge("rksp_checkpoint_backlog", "Events that are complete and wait to be processed."),
+    _counter("rksp_checkpoints_processed_total", "Checkpoints and profile files that were judged."),
+    _counter("rksp_checkpoints_failed_total", "Checkpoints and profile files given up after the last attempt."),
+    _counter("rksp_checkpoints_skipped_total", "Checkpoints and profile files left out, for the reason in the log."),
+    _counter("rksp_checkpoints_expired_total", "Checkpoints and profile files that vanished before they were read."),
+    Definition("rksp_replay_duration_seconds", "histogram", "Time to replay the probe through one checkpoint."),
+    _counter("rksp_replay_worker_restarts_total", "Replay workers started again after a crash or a time limit."),
+    _layer("rksp_layer_near_unit_mass_ratio", "Near-unit mass of one layer.", "near_unit_mass"),
+    _layer("rksp_layer_spectral_radius", "Spectral radius of one layer.", "spectral_radius"),
+    _layer("rksp_layer_kreiss_constant", "Kreiss constant of one layer at the reference radius.", "kreiss_constant"),
+)
+
+_BY_NAME = {definition.name: definition for definition in METRICS}
+
+
+@dataclass
+class _Run:
+    """The values of one run; a gauge that is not known yet has no entry."""
+
+    info: Mapping[str, str]
+    gauges: dict[str, float] = field(default_factory=dict)
+    counters: dict[str, int] = field(default_factory=dict)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(REPLAY_BUCKETS) + 1))
+    seconds: float = 0.0
+
+
+class Board:
+    """The current values of every run, written by the daemon and read at each scrape."""
+
+    def __init__(self, build: Mapping[str, str], *, per_layer: bool = False) -> None:
+        self.build = dict(build)
+        self._per_layer = per_layer
+        self._runs: dict[str, _Run] = {}
+        self._lock = threading.Lock()
+
+    def add_run(self, run: str, info: Mapping[str, str]) -> None:
+        """Start the series of a run, with every counter at 0."""
+        counters = {definition.name: 0 for definition in METRICS if definition.kind == "counter"}
+        with self._lock:
+            self._runs[run] = _Run(dict(info), counters=counters)
+
+    def remove_run(self, run: str) -> None:
+        """End the series of a run."""
+        with self._lock:
+            self._runs.pop(run, None)
+
+    def set(self, run: str, name: str, value: float | None) -> None:
+        """Set a gauge; None removes its series."""
+        if _BY_NAME[name].kind != "gauge":
+            raise KeyError(name)
+        with self._lock:
+            gauges = self._runs[run].gauges
+            if value is None:
+                gauges.pop(name, None)
+            else:
+                gauges[name] = value
+
+    def count(self, run: str, name: str, amount: int = 1) -> None:
+        """Add to a counter."""
+        with self._lock:
+            self._runs[run].counters[name] += amount
+
+    def observe_replay(self, run: str, seconds: float) -> None:
+        """Add one duration to the histogram."""
+        with self._lock:
+            entry = self._runs[run]
+            entry.buckets[bisect_left(REPLAY_BUCKETS, seconds)] += 1
+            entry.seconds += seconds
+
+    def show(self, run: str, profile: ModelProfile, drift: Drift) -> None:
+        """Set every gauge that a judged event sets; what it does not know has no series."""
+        for definition in METRICS:
+            if definition.read is not None:
+                self.set(run, definition.name, definition.read(profile, drift))
+        if not self._per_layer:
+            return
+        layers = {
+            definition.name: {
+                layer.layer: value
+                for layer in profile.layers
+                if (value := getattr(layer, definition.layer)) is not None
+            }
+            for definition in METRICS
+            if definition.layer is not None
+        }
+        with self._lock:
+            self._runs[run].layers = layers
+
+    def families(self) -> list[Metric]:
+        """Return the metric families, in the order of the table."""
+        with self._lock:
+            return [self._family(definition) for definition in METRICS if definition.layer is None or self._per_layer]
+
+    def _family(self, definition: Definition) -> Metric:
+        name, text, labels = definition.name, definition.help, list(definition.labels)
+        if definition.kind == "info":
+            info = InfoMetricFamily(name.removesuffix("_info"), text, labels=labels)
+            if definition.labels:
+                for run, entry in self._runs.items():
+                    info.add_metric([run], dict(entry.info))
+            else:
+                info.add_metric([], self.build)
+            return info
+        if definition.kind == "counter":
+            counter = CounterMetricFamily(name, text, labels=labels)
+            for run, entry in self._runs.items():
+                counter.add_metric([run], entry.counters[name])
+            return counter
+        if definition.kind == "histogram":
+            histogram = HistogramMetricFamily(name, text, labels=labels)
+            for run, entry in self._runs.items():
+                histogram.add_metric([run], _cumulative(entry.buckets), entry.seconds)
+            return histogram
+        gauge = GaugeMetricFamily(name, text, labels=labels)
+        for run, entry in self._runs.items():
+            if definition.layer is not None:
+                for layer, value in entry.layers.get(name, {}).items():
+                    gauge.add_metric([run, layer], value)
+            elif name in entry.gauges:
+                gauge.add_metric([run], entry.gauges[name])
+        return gauge
+
+
+class Collector(BaseCollector):
+    """Gives a registry the families of a board."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+
+    def collect(self) -> Iterable[Metric]:
+        """Return fresh families."""
+        return self._board.families()
+
+    def describe(self) -> Iterable[Metric]:
+        """Return no family: registering must not read values."""
+        return []
+
+
+def registry_of(board: Board) -> CollectorRegistry:
+    """Return a registry of its own that holds the board's metrics and nothing else."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Collector(board))
+    return registry
+
+
+def _cumulative(buckets: list[int]) -> list[tuple[str, float]]:
+    total, rows = 0, []
+    for bound, count in zip((*map(str, REPLAY_BUCKETS), "+Inf"), buckets, strict=True):
+        total += count
+        rows.append((bound, float(total)))
+    return rows

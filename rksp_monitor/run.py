@@ -1,0 +1,61 @@
+"""What a run folder says about its run: name, model, probe, control folder; settings override each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rksp_core.errors import ConfigError
+from rksp_monitor.config import WatchSettings
+
+CONFIG = "config.yaml"
+PROBE = "probe.safetensors"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. ``model`` is None when nothing says how to build it, ``probe`` when random tokens serve."""
+
+    name: str
+    folder: Path
+    model: str | None
+    probe: Path | None
+    control: Path
+    ledger: Path
+
+
+def describe_run(folder: Path, settings: WatchSettings) -> Run:
+    """Put together what the settings and the trainer's own configuration say.
+
+    Raises
+    ------
+    ConfigError
+        When the probe that the settings name is not there.
+    """
+    trainer = _trainer_config(folder)
+    section = trainer.get("control")
+    stated = section.get("folder") if isinstance(section, dict) else None
+    name = settings.run_id or str(trainer.get("run_id") or folder.resolve().name)
+    if settings.probe is not None and not settings.probe.is_file():
+        raise ConfigError(f"there is no probe {settings.probe}; make one with `rksp probe make`")
+    own_probe = folder / PROBE if (folder / PROBE).is_file() else None
+    model = settings.model or (str(folder / CONFIG) if isinstance(trainer.get("model"), dict) else None)
+    control = settings.control.folder or (Path(stated) if stated else folder / "control")
+    state = settings.state_dir or folder / ".rksp"
+    return Run(name, folder, model, settings.probe or own_probe, control, state / f"{_safe(name)}.sqlite3")
+
+
+def _trainer_config(folder: Path) -> dict[str, Any]:
+    """Read the trainer's YAML; one that is not there, or of another kind, says nothing."""
+    try:
+        document = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _safe(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
