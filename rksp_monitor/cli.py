@@ -12,10 +12,11 @@ import os
 import sys
 import traceback
 
-import click
 import typer
 
 from rksp_core.errors import RkspError
+
+_INTERRUPTED = 130  # what Typer makes of Ctrl-C
 
 app = typer.Typer(
     name="rksp",
@@ -40,14 +41,15 @@ def run(argv: list[str]) -> int:
     """Run the command line and return the exit code."""
     try:
         result = app(args=argv, prog_name="rksp", standalone_mode=False)
+        if result == _INTERRUPTED:
+            return _say("stopped by the user")
         return result if isinstance(result, int) else 0
     except typer.Exit as stop:
         return int(stop.exit_code)
-    except click.exceptions.Abort:
+    except typer.Abort:
         return _say("stopped by the user")
-    except click.ClickException as error:
-        error.show()
-        return 2
+    except typer.TyperException as error:
+        return _say(_usage(error)) if error.format_message() else 2  # no command at all: the help was shown
     except RkspError as error:
         return _say(str(error), code=error.exit_code)
     except BrokenPipeError:
@@ -61,6 +63,14 @@ def run(argv: list[str]) -> int:
         return _say("internal error: please report the traceback above")
 
 
+def _usage(error: typer.TyperException) -> str:
+    """Return a usage error as one sentence, with the command whose help explains it."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "rksp"
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    return f"{message}; see `{command} --help`"
+
+
 def _say(message: str, *, code: int = 2) -> int:
     print(f"rksp: {message}", file=sys.stderr)  # noqa: T201
     return code
@@ -68,6 +78,13 @@ def _say(message: str, *, code: int = 2) -> int:
 
 def _register() -> None:
     """Attach the commands; their modules import torch only when they run."""
+    from rksp_monitor.commands.preflight import preflight
+    from rksp_monitor.commands.probe import probe
+    from rksp_monitor.commands.watch import watch
+
+    app.command()(preflight)
+    app.command()(watch)
+    app.add_typer(probe, name="probe")
 
 
 _register()

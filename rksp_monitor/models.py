@@ -172,16 +172,13 @@ def seeded(seed: int) -> Iterator[None]:
     import numpy as np
     import torch
 
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what a factory uses
-    with torch.random.fork_rng(devices=[]):
+    from rksp_core.untouched import random_state_kept
+
+    with random_state_kept():
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - the global state is what a factory uses
+        yield
 
 
 def _describe(module: nn.Module, source: str, kind: Literal["factory", "trainer"]) -> LoadedModel:

@@ -6,7 +6,7 @@ so a batch that was changed on the way is noticed.
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import inspect
 import json
 import os
@@ -45,7 +45,9 @@ class Probe:
 
     def __post_init__(self) -> None:
         if not self.sha256:
-            object.__setattr__(self, "sha256", content_hash(self.batch))
+            from rksp_core.batch import batch_sha256
+
+            object.__setattr__(self, "sha256", batch_sha256(self.batch))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a report says of the probe: hash, origin, shapes, the number of distinct tokens."""
@@ -60,18 +62,6 @@ class Probe:
         if TOKENS in self.batch:
             document["distinct_tokens"] = len(set(self.batch[TOKENS].flatten().tolist()))
         return document
-
-
-def content_hash(batch: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name in sorted(batch):
-        value = batch[name].detach().cpu().contiguous()
-        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def random_probe(vocabulary: int, sequences: int = SEQUENCES, length: int = LENGTH, seed: int = 0) -> Probe:
@@ -91,6 +81,12 @@ def random_probe(vocabulary: int, sequences: int = SEQUENCES, length: int = LENG
     tokens = torch.randint(vocabulary, (sequences, length), generator=generator)
     metadata = {"vocabulary": vocabulary, "seed": seed}
     return Probe({TOKENS: tokens}, f"random tokens of a vocabulary of {vocabulary}, seed {seed}", metadata)
+
+
+def default_probe(vocabulary: int, length: int, seed: int) -> Probe:
+    """Return the random tokens that stand in where no probe was given; a report says so."""
+    drawn = random_probe(vocabulary, length=length, seed=seed)
+    return dataclasses.replace(drawn, metadata={**drawn.metadata, "default": True})
 
 
 def write_probe(probe: Probe, path: str | os.PathLike[str]) -> None:

@@ -1,0 +1,213 @@
+"""``rksp preflight MODEL``: parse, compute, print the report, exit by the verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from rksp_core.errors import ConfigError
+from rksp_monitor.report import Format
+
+if TYPE_CHECKING:
+    from rksp_core.risk import Decision
+    from rksp_monitor.models import LoadedModel
+    from rksp_monitor.preflight import PreflightReport, Progress
+    from rksp_monitor.probe import Probe
+
+FailOn = Literal["monitor", "use_kss"]
+OnInconclusive = Literal["report", "pass", "fail"]
+
+PARALLEL_WIDTH = 256  # narrower layers take less time than starting a second process
+
+
+def preflight(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="package.module:factory, a Hugging Face folder or its config.json, or a trainer's YAML configuration.",
+        ),
+    ],
+    arg: Annotated[
+        list[str] | None,
+        typer.Option("--arg", metavar="KEY=VALUE", help="An argument of the factory; the value is read as YAML."),
+    ] = None,
+    probe: Annotated[
+        Path | None,
+        typer.Option(help="A probe, or a raw .npy, .pt or .safetensors batch; default: seeded random tokens."),
+    ] = None,
+    blocks: Annotated[str | None, typer.Option(metavar="GLOB", help="Residual blocks, e.g. 'transformer.h.*'.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Planned peak learning rate; adds the look-ahead.")] = None,
+    optimizer: Annotated[Literal["adamw", "adam", "sgd"], typer.Option(help="Of the look-ahead.")] = "adamw",
+    standard_lr: Annotated[
+        float | None, typer.Option(min=0, help="The usual rate for this model; default: by width, for Adam.")
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option(min=1, help="Blocks in learning rate x depth; default: those found.")
+    ] = None,
+    look_ahead_steps: Annotated[int, typer.Option(min=1, help="Full-rate steps of the look-ahead.")] = 5,
+    loss: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="(model output, batch) -> scalar; default: next-token loss."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Token states to profile.")] = 2048,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences in one forward pass; default: all.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of initialization, random tokens and sampling.")] = 0,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:n]")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(metavar="float32|bfloat16|...", help="Cast the model; default: as it is.")
+    ] = None,
+    form: Annotated[Format, typer.Option("--format", help="Of the report on stdout.")] = "table",
+    output_file: Annotated[Path | None, typer.Option(help="Write the report there instead of to stdout.")] = None,
+    fail_on: Annotated[FailOn, typer.Option(help="Exit 1 from this verdict on.")] = "use_kss",
+    on_inconclusive: Annotated[
+        OnInconclusive, typer.Option(help="Exit code of an inconclusive verdict: report 3, pass 0, fail 1.")
+    ] = "report",
+    exit_zero: Annotated[bool, typer.Option("--exit-zero", help="Exit 0 whatever the verdict.")] = False,
+) -> int:
+    """Look at a model before it is trained: the spectra of its residual stream, warnings, and a decision."""
+    if output_file is not None:
+        require_writable(output_file)
+    from rksp_core.device import choose_device, parse_dtype
+    from rksp_monitor.models import load_model
+    from rksp_monitor.preflight import Settings, memory_limit
+    from rksp_monitor.preflight import preflight as look
+
+    place, precision = choose_device(device), None if dtype is None else parse_dtype(dtype)
+    with memory_limit(place):
+        loaded = load_model(model, arguments=parse_arguments(arg or []), seed=seed)
+    batch = _probe(probe, loaded, seed)
+    settings = Settings(
+        blocks=blocks,
+        samples=samples,
+        seed=seed,
+        micro_batch=micro_batch,
+        learning_rate=lr,
+        standard_rate=standard_lr,
+        optimizer=optimizer,
+        depth=depth,
+        steps=look_ahead_steps,
+        loss=None if loss is None else _loss(loss),
+    )
+    with layer_executor(loaded) as executor, progress_bar() as progress:
+        report = look(loaded, batch, settings, device=place, dtype=precision, executor=executor, progress=progress)
+    _emit(report, form, output_file)
+    return exit_code(report.decision, fail_on, on_inconclusive, exit_zero=exit_zero)
+
+
+def exit_code(decision: Decision, fail_on: FailOn, on_inconclusive: OnInconclusive, *, exit_zero: bool) -> int:
+    """Return 0 pass, 1 risk at or above ``fail_on``, 3 inconclusive."""
+    from rksp_core.risk import VERDICTS
+
+    if exit_zero:
+        return 0
+    if decision.verdict == "inconclusive":
+        return {"report": 3, "pass": 0, "fail": 1}[on_inconclusive]
+    return int(VERDICTS.index(decision.verdict) >= VERDICTS.index(fail_on))
+
+
+def parse_arguments(pairs: list[str]) -> dict[str, Any]:
+    """Return ``key=value`` pairs as a mapping; values are YAML: 3 is a whole number, true a truth value.
+
+    Raises
+    ------
+    ConfigError
+        When a pair has no ``=`` or its value is no YAML.
+    """
+    import yaml
+
+    arguments = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--arg takes key=value, got {pair!r}")
+        try:
+            arguments[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of --arg {name} is no YAML: {value!r}; put it in quotes") from error
+    return arguments
+
+
+def require_writable(path: Path) -> None:
+    """Refuse an output file that could not be written, before the work starts.
+
+    Raises
+    ------
+    ConfigError
+        When its folder is missing or not writable, or the path is a folder.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise ConfigError(f"the output file {path} is a folder; name a file in it")
+    if not folder.is_dir():
+        raise ConfigError(f"the output file {path} cannot be written: there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"the output file {path} cannot be written: no permission in {folder}")
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress | None]:
+    """Show the layers done, on stderr, where stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("forward pass", total=None)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
+
+
+@contextlib.contextmanager
+def layer_executor(model: LoadedModel) -> Iterator[Executor | None]:
+    """Yield what spreads the layers over the cores; None where that would not be faster."""
+    yield None
+
+
+def _loss(reference: str) -> Callable[[Any, Any], Any]:
+    from rksp_monitor.models import import_object, user_code
+
+    function = import_object(reference, [Path.cwd()])
+
+    def loss(output: Any, batch: Any) -> Any:
+        with user_code(f"the loss {reference}"):
+            return function(output, batch)
+
+    return loss
+
+
+def _probe(path: Path | None, model: LoadedModel, seed: int) -> Probe:
+    from rksp_core.errors import ProbeError
+    from rksp_monitor.probe import LENGTH, default_probe, read_probe
+
+    if path is not None:
+        return read_probe(path)
+    if model.vocabulary is None:
+        raise ProbeError(f"{model.source} does not say how many tokens it takes, so none can be drawn; give a --probe")
+    return default_probe(model.vocabulary, min(LENGTH, model.max_length or LENGTH), seed)
+
+
+def _emit(report: PreflightReport, form: Format, output_file: Path | None) -> None:
+    from rksp_core.atomic import write_atomic
+    from rksp_monitor.report import render
+
+    if output_file is not None:
+        try:
+            write_atomic(output_file, render(report, form))
+        except OSError as error:
+            raise ConfigError(f"the output file {output_file} cannot be written: {error.strerror}") from error
+        print(f"rksp: {report.decision.verdict}; the report is in {output_file}", file=sys.stderr)
+        return
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    width = os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 120
+    sys.stdout.write(render(report, form, width=width, colour=colour))
+    sys.stdout.flush()

@@ -1,0 +1,349 @@
+"""One look at a model before it is trained: profile, decision, baselines, warnings.
+
+`preflight` computes; `rksp_monitor.commands.preflight` parses, prints and exits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, cast
+
+from rksp_core.errors import MemoryLimitError, NotFiniteError
+from rksp_core.profile import LayerProfile, ModelProfile
+from rksp_core.risk import RATE_FACTOR, Decision, decide, standard_learning_rate
+from rksp_monitor.probe import Probe, check_probe, model_input
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from rksp_core.batch import Batch
+    from rksp_core.lookahead import LookAhead, OptimizerName
+    from rksp_monitor.models import LoadedModel
+
+SCHEMA = "rksp.preflight/1"
+NO_PROBABILITY = (
+    "no calibrated risk model covers this model: what the baselines say is a score, not a probability; "
+    "larger means riskier, and only within one kind of model"
+)
+
+Progress = Callable[[int, int, str], None]
+Loss = Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to look at, and how.
+
+    ``learning_rate`` is the planned peak rate; None leaves the baselines out. ``depth`` replaces the number of blocks
+    in learning rate x depth. ``loss`` is (model output, batch) -> scalar; None means next-token cross-entropy.
+    """
+
+    blocks: str | None = None
+    samples: int = 2048
+    seed: int = 0
+    micro_batch: int | None = None
+    learning_rate: float | None = None
+    standard_rate: float | None = None
+    optimizer: str = "adamw"
+    depth: int | None = None
+    steps: int = 5
+    loss: Loss | None = None
+
+
+@dataclass(frozen=True)
+class PreflightReport:
+    """Everything `rksp preflight` says; ``baselines`` and ``model`` are JSON already."""
+
+    model: Mapping[str, Any]
+    profile: ModelProfile
+    decision: Decision
+    baselines: Mapping[str, Any]
+    warnings: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the document of schema "rksp.preflight/1"; a profile can be read from it, too."""
+        return {
+            **self.profile.to_dict(),
+            "schema": SCHEMA,
+            "model": dict(self.model),
+            "decision": {
+                "verdict": self.decision.verdict,
+                "reasons": list(self.decision.reasons),
+                "caveat": self.decision.caveat,
+            },
+            "risk": {
+                "divergence_probability": None,
+                "reason": NO_PROBABILITY,
+                "baselines": dict(self.baselines),
+            },
+            "warnings": list(self.warnings),
+            "versions": _versions(),
+        }
+
+
+def preflight(
+    model: LoadedModel,
+    probe: Probe,
+    settings: Settings,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> PreflightReport:
+    """Profile the model on the probe and decide.
+
+    The module is moved to ``device`` and, when it is given, to ``dtype``; otherwise it is left as it is.
+
+    Raises
+    ------
+    NoBlocksError, ModelError, ProbeError
+        When the model and the probe do not go together.
+    NotFiniteError
+        When activations are not finite, with the first bad layer.
+    MemoryLimitError
+        When the work does not fit.
+    """
+    from rksp_core.capture import find_blocks
+    from rksp_core.profiling import profile_model
+
+    check_probe(probe, model)
+    with memory_limit(device):
+        module = model.module.to(device=device, dtype=dtype)
+        blocks = find_blocks(module, settings.blocks)
+        batch = model_input(probe, module, device, dtype)
+
+        def profile_again(changed: nn.Module, report: Progress | None = None) -> ModelProfile:
+            return profile_model(
+                changed,
+                batch,
+                blocks=settings.blocks,
+                samples=settings.samples,
+                seed=settings.seed,
+                micro_batch=settings.micro_batch,
+                executor=executor,
+                progress=report,
+                probe=probe.to_dict(),
+            )
+
+        profile = profile_again(module, progress)
+        _require_finite(profile.layers)
+        ahead = _look_ahead(model, module, batch, settings, profile_again)
+    normalized = has_normalization(block.module for block in blocks)
+    width = max(layer.width for layer in profile.layers)
+    standard = settings.standard_rate or standard_learning_rate(width, settings.optimizer)
+    decision = decide(
+        profile.layers,
+        normalized=normalized,
+        learning_rate=settings.learning_rate,
+        standard_rate=standard,
+        look_ahead_loss=None if ahead is None or isinstance(ahead, str) else _largest(ahead),
+    )
+    return PreflightReport(
+        model=_describe(model, module, normalized),
+        profile=profile,
+        decision=decision,
+        baselines=_baselines(profile, settings, standard, ahead),
+        warnings=tuple(_warnings(model, probe, profile, settings, standard, ahead)),
+    )
+
+
+def has_normalization(blocks: Iterable[nn.Module]) -> bool:
+    """Whether a normalization module lies in the blocks, by the class names of their leaves.
+
+    Leaves only: a residual wrapper may be called ``NoNorm``. A norm that is a mere function call is not seen.
+    """
+    norm = re.compile(r"(layer|rms|group|batch|instance|scale|local_?response)_?norm", re.IGNORECASE)
+    leaves = (part for block in blocks for part in block.modules() if not list(part.children()))
+    return any(norm.search(type(leaf).__name__) for leaf in leaves)
+
+
+@contextlib.contextmanager
+def memory_limit(device: torch.device | str) -> Iterator[None]:
+    """Turn running out of memory, here or on a GPU, into one sentence that says what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        exhausted = isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
+        if not exhausted:
+            raise
+        raise MemoryLimitError(
+            f"out of memory on {device}; lower --micro-batch (sequences in one forward pass), then --samples, use "
+            "--dtype bfloat16, or leave out --lr (the look-ahead holds a copy of the model and its optimizer)"
+        ) from error
+
+
+def next_token_loss(output: Any, batch: Any) -> Any:
+    """Return the mean cross-entropy of predicting each next token; padding (``attention_mask`` 0) does not count."""
+    from torch.nn import functional
+
+    tokens = batch if not isinstance(batch, Mapping) else batch["input_ids"]
+    mask = None if not isinstance(batch, Mapping) else batch.get("attention_mask")
+    targets = tokens[:, 1:] if mask is None else tokens[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+    logits = _logits(output)[:, :-1]
+    return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def _logits(output: Any) -> Any:
+    return getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
+
+
+def _look_ahead(
+    model: LoadedModel,
+    module: nn.Module,
+    batch: Batch,
+    settings: Settings,
+    profile: Callable[[nn.Module], ModelProfile],
+) -> LookAhead | str | None:
+    """Return the look-ahead, the reason why there is none, or None when none was asked for."""
+    from rksp_core.lookahead import look_ahead
+
+    if settings.learning_rate is None:
+        return None
+    loss = settings.loss
+    if loss is None:
+        reason = _no_next_token_loss(model, module, batch)
+        if reason:
+            return reason
+        loss = next_token_loss
+    return look_ahead(
+        module,
+        batch,
+        loss,
+        learning_rate=settings.learning_rate,
+        optimizer=cast("OptimizerName", settings.optimizer),
+        steps=settings.steps,
+        seed=settings.seed,
+        blocks=settings.blocks,
+        profile=profile,
+    )
+
+
+def _no_next_token_loss(model: LoadedModel, module: nn.Module, batch: Batch) -> str:
+    """Say why next-token cross-entropy cannot be had, after a look at the output for one sequence; "" when it can."""
+    from torch import Tensor
+
+    from rksp_core.batch import call, part
+    from rksp_core.untouched import evaluating
+
+    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+        return "the probe holds no tokens; give a loss with --loss module:function"
+    with evaluating(module):
+        logits = _logits(call(module, part(batch, 0, 1)))
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape == (1, tokens.shape[1], model.vocabulary):
+        return ""
+    vocabulary = model.vocabulary if model.vocabulary is not None else "unknown"
+    return (
+        f"the model returns {shape}, no logits over the vocabulary ({vocabulary}) for each token; "
+        "give a loss with --loss module:function"
+    )
+
+
+def _require_finite(layers: Iterable[LayerProfile]) -> None:
+    for number, layer in enumerate(layers):
+        if "not_finite" in layer.status:
+            raise NotFiniteError(
+                f"activations are not finite, first in {layer.layer} (block {number} in depth order): "
+                "check the weights, lower the initial scale, or use a wider --dtype"
+            )
+
+
+def _largest(ahead: LookAhead) -> float:
+    losses = [loss for loss in ahead.losses if loss is not None]
+    return max(losses, default=math.inf) if ahead.finite else math.inf
+
+
+def _baselines(
+    profile: ModelProfile, settings: Settings, standard: float | None, ahead: LookAhead | str | None
+) -> dict[str, Any]:
+    """Return the scores that say more than a spectrum does, uncalibrated, for the report."""
+    rate = settings.learning_rate
+    depth = settings.depth or len(profile.layers)
+    return {
+        "calibrated": False,
+        "learning_rate": rate,
+        "standard_learning_rate": standard,
+        "optimizer": settings.optimizer,
+        "depth": depth,
+        "learning_rate_times_depth": None if rate is None else rate * depth,
+        "near_unit_mass": profile.summary["near_unit_mass"]["mean"],
+        "look_ahead": _look_ahead_document(ahead),
+    }
+
+
+def _look_ahead_document(ahead: LookAhead | str | None) -> dict[str, Any]:
+    if ahead is None or isinstance(ahead, str):
+        return {"available": False, "reason": ahead or "no learning rate was given; --lr adds a look-ahead"}
+    return {
+        "available": True,
+        "reason": None,
+        "steps": ahead.steps,
+        "finite": ahead.finite,
+        "losses": list(ahead.losses),
+        "largest_loss": _largest(ahead) if math.isfinite(_largest(ahead)) else None,
+        "gradient_norms": list(ahead.gradient_norms),
+        "hidden_rms_before": ahead.hidden_rms_before,
+        "hidden_rms_after": ahead.hidden_rms_after,
+        "summary_after": None if ahead.profile is None else ahead.profile.summary,
+    }
+
+
+def _describe(model: LoadedModel, module: nn.Module, normalized: bool) -> dict[str, Any]:
+    parameters = list(module.parameters())
+    return {
+        "source": model.source,
+        "kind": model.kind,
+        "weights": model.weights,
+        "class": type(module).__name__,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "vocabulary": model.vocabulary,
+        "max_length": model.max_length,
+        "normalization": normalized,
+        "device": str(parameters[0].device) if parameters else "cpu",
+    }
+
+
+def _warnings(
+    model: LoadedModel,
+    probe: Probe,
+    profile: ModelProfile,
+    settings: Settings,
+    standard: float | None,
+    ahead: LookAhead | str | None,
+) -> Iterator[str]:
+    """Yield one sentence a finding; equal remedies of several layers are one sentence."""
+    yield from model.warnings
+    if probe.metadata.get("default"):
+        yield f"no --probe was given, so the probe is {probe.origin}; make one from real text with `rksp probe make`"
+    remedies: dict[str, list[LayerProfile]] = {}
+    for layer in profile.layers:
+        if layer.remedy:
+            remedies.setdefault(f"{', '.join(layer.status)}: {layer.remedy}", []).append(layer)
+    for text, layers in remedies.items():
+        names = layers[0].layer if len(layers) == 1 else f"{len(layers)} layers ({layers[0].layer} first)"
+        yield f"{names}: {text}"
+    if isinstance(ahead, str):
+        yield f"the look-ahead is unavailable: {ahead}"
+    if settings.learning_rate is not None and standard is None:
+        yield (
+            f"no standard learning rate is known for {settings.optimizer}, so the rule of {RATE_FACTOR:g} times the "
+            "standard one was left out; give it with --standard-lr"
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("rksp", "torch"):
+        with contextlib.suppress(PackageNotFoundError):  # a checkout that was not installed
+            found[name] = version(name)
+    return found
