@@ -11,7 +11,7 @@ from torch import nn
 
 from rksp_core.errors import ConfigError, RkspError
 from training import config as schema
-from training.names import suggestion
+from training.names import nearest, unknown_key
 from training.tasks import Task
 from training.tasks.associative_recall import AssociativeRecall
 
@@ -26,19 +26,21 @@ def build_model(model: schema.Model, seed: int) -> nn.Module:
     """
     module_name, _, name = model.factory.partition(":")
     try:
-        factory = getattr(importlib.import_module(module_name), name)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(
             f"model.factory: cannot import {module_name!r} ({error}); run from the folder above it"
         ) from error
-    except AttributeError as error:
-        raise ConfigError(f"model.factory: {module_name} has no {name!r}; name a class or a function in it") from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        near = nearest(name, [key for key, value in vars(module).items() if callable(value)])
+        hint = f"did you mean {near!r}?" if near else "name a class or a function in it"
+        raise ConfigError(f"model.factory: {module_name} has no {name!r}; {hint}")
     parameters = inspect.signature(factory).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         for key in model.arguments:
             if key not in parameters:
-                hint = suggestion(key, parameters) or f"; known are {', '.join(parameters)}"
-                raise ConfigError(f"unknown key 'model.arguments.{key}'{hint}")
+                raise ConfigError(unknown_key("model.arguments", key, parameters))
     torch.manual_seed(seed)
     try:
         return factory(**model.arguments)

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rksp_core.errors import ConfigError
-from training.names import suggestion
+from training.names import unknown_key
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Whole = Annotated[int, Field(ge=0, strict=True)]
@@ -127,6 +127,14 @@ class Config(Section):
         shared = {name: arguments[name] for name in ("vocabulary", "length") if name in arguments}
         return {**values, "task": {**shared, **task}}
 
+    @model_validator(mode="after")
+    def _model_can_take_the_task(self) -> Config:
+        for name, wanted in (("vocabulary", self.task.vocabulary), ("length", self.task.length)):
+            limit = self.model.arguments.get(name)
+            if isinstance(limit, int) and wanted > limit:
+                raise ValueError(f"task.{name} = {wanted} is more than the model's {limit}")
+        return self
+
     @property
     def control_folder(self) -> Path:
         """Where orders and acknowledgements lie."""
@@ -197,17 +205,18 @@ def _sentence(error: ValidationError) -> str:
     first = min(findings, key=lambda finding: finding["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
-        hint = suggestion(first["loc"][-1], known) or f"; known are {', '.join(known)}"
-        return f"unknown key {where!r}{hint}"
+        *section, key = first["loc"]
+        return unknown_key(".".join(map(str, section)), key, _known_keys(section))
     if first["type"] == "missing":
         hint = "; give it, or name it among model.arguments" if where in ("task.vocabulary", "task.length") else ""
         return f"the key {where!r} is missing{hint}"
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    message = first["msg"].replace("Input should", "it should")
     return f"{where} cannot be {first['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+def _known_keys(location: Iterable[int | str]) -> list[str]:
     section: Any = Config
     for name in location:
         section = section.model_fields[str(name)].annotation

@@ -18,10 +18,21 @@ def choose(name: object, known: Collection[str], where: str) -> str:
     """
     if isinstance(name, str) and name in known:
         return name
-    raise ConfigError(f"{where} must be one of {', '.join(sorted(known))}, got {name!r}{suggestion(name, known)}")
+    near = nearest(name, known)
+    hint = f"; did you mean {near!r}?" if near else ""
+    raise ConfigError(f"{where} must be one of {', '.join(sorted(known))}, got {name!r}{hint}")
 
 
-def suggestion(name: object, known: Collection[str]) -> str:
-    """Return '; did you mean ...?', or nothing when no known name is near."""
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def unknown_key(section: str, key: object, known: Collection[str]) -> str:
+    """Return a sentence about a key that ``section`` (such as ``optimizer``; empty: the top) does not have."""
+    prefix = f"{section}." if section else ""
+    near = nearest(key, known)
+    hint = f"did you mean '{prefix}{near}'?" if near else f"known are {', '.join(known)}"
+    return f"unknown key '{prefix}{key}'; {hint}"
+
+
+def nearest(name: object, known: Collection[str]) -> str | None:
+    """Return the known name that looks most like ``name``, whatever its case, or None when none does."""
+    folded = {each.casefold(): each for each in known}
+    near = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.5)
+    return folded[near[0]] if near else None

@@ -1,0 +1,158 @@
+"""An interrupted run that is resumed is bitwise the run that was never interrupted, and observers change no bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rksp_core.control import ControlWriter, KSSSettings, Reason
+from rksp_core.errors import CheckpointError, ConfigError
+from training.checkpoint import checkpoints, load_checkpoint
+from training.loop import train
+from training.ranks import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+KSS = {"alpha": 0.15, "interval": 3, "layer_fraction": 0.5}
+
+
+def final(config) -> tuple[dict, dict, list[str]]:
+    """Weights, training state and metrics of a run's last checkpoint."""
+    folder = Path(config.output)
+    weights, state = load_checkpoint(checkpoints(folder / "checkpoints")[-1])
+    return weights, state, (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def assert_bitwise_equal(left, right) -> None:
+    if isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key, value in left.items():
+            assert_bitwise_equal(value, right[key])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            assert_bitwise_equal(one, other)
+    else:
+        assert left == right
+
+
+@pytest.mark.parametrize("norm", ["pre_ln", "no_norm"])
+@pytest.mark.parametrize("kss", [{}, KSS], ids=["plain", "kss"])
+def test_twenty_steps_are_ten_steps_and_ten_more(configure, norm, kss):
+    sections = {"arguments": {"norm": norm}, "kss": kss, "clip": 1.0, "profile": {"every": 5, "samples": 64}}
+    whole, parts = configure("whole", **sections), configure("parts", **sections)
+    assert train(whole, ALONE)["status"] == "finished"
+    assert train(parts, ALONE, until=10)["status"] == "stopped"
+    assert train(parts, ALONE, resume=True)["status"] == "finished"
+    assert_bitwise_equal(final(whole), final(parts))
+    terms = [json.loads(line)["kss_term"] for line in final(whole)[2]]
+    assert [term > 0 for term in terms] == [bool(kss) and step % 3 == 0 for step in range(20)]
+
+
+def test_a_crash_loses_the_steps_after_the_checkpoint_and_nothing_else(configure):
+    whole, crashed = configure("whole"), configure("crashed")
+    train(whole, ALONE)
+    train(crashed, ALONE, until=10)
+    with (Path(crashed.output) / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 11, "loss": 1.0}\n{"step": 12, "lo')  # two steps were made, the log was cut
+    (Path(crashed.output) / "checkpoints" / ".step-00000012.tmp").mkdir()  # a checkpoint was begun
+    train(crashed, ALONE, resume=True)
+    assert_bitwise_equal(final(whole), final(crashed))
+
+
+def test_a_model_that_draws_random_numbers_resumes_exactly(configure):
+    model = {"factory": "tests.training.test_resume:dropping", "arguments": {}}
+    task = {"batch": 8, "pairs": 2, "vocabulary": 32, "length": 16}
+    whole, parts = (configure(name, model=model, task=task) for name in ("whole", "parts"))
+    train(whole, ALONE)
+    train(parts, ALONE, until=7)
+    train(parts, ALONE, resume=True)
+    assert_bitwise_equal(final(whole), final(parts))
+
+
+def dropping() -> torch.nn.Module:
+    """A model of a user's own, with dropout, which draws from torch's global random state."""
+    block = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.2, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+    return torch.nn.Sequential(torch.nn.Embedding(32, 16), encoder, torch.nn.Linear(16, 32))
+
+
+def test_observing_changes_no_bit(configure):
+    """Profiles, checkpoints and a control folder that is polled, against a run with none of them."""
+    plain = configure("plain", checkpoint={"every": 20})
+    observed = configure("observed", checkpoint={"every": 3}, profile={"every": 2, "samples": 64, "sequences": 4})
+    train(plain, ALONE)
+    train(observed, ALONE)
+    assert len(list((Path(observed.output) / "profiles").iterdir())) == 11
+    assert_bitwise_equal(final(plain), final(observed))
+
+
+def test_an_order_is_obeyed_again_after_a_resume(configure):
+    ordered, resumed = configure("ordered"), configure("resumed")
+    for config in (ordered, resumed):
+        ControlWriter(config.control_folder).issue("small", KSSSettings(alpha=0.2, interval=2), Reason())
+    train(ordered, ALONE)
+    train(resumed, ALONE, until=9)
+    train(resumed, ALONE, resume=True)
+    assert_bitwise_equal(final(ordered), final(resumed))
+    weights = [json.loads(line)["kss_weight"] for line in final(resumed)[2]]
+    assert weights == [0.2] * 20
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(configure):
+    train(configure(), ALONE, until=1)
+    with pytest.raises(ConfigError, match="already holds a run; pass --resume"):
+        train(configure(), ALONE)
+
+
+def test_another_configuration_does_not_resume(configure):
+    train(configure(), ALONE, until=1)
+    with pytest.raises(ConfigError, match=r"was begun with optimizer.learning_rate = 0.001, got 0.01"):
+        train(configure(optimizer={"learning_rate": 0.01}), ALONE, resume=True)
+
+
+def test_resume_where_there_is_nothing_starts_at_the_beginning(configure):
+    assert train(configure(), ALONE, resume=True, until=3)["step"] == 3
+
+
+def test_a_damaged_checkpoint_is_named(configure):
+    config = configure()
+    train(config, ALONE, until=10)
+    newest = checkpoints(Path(config.output) / "checkpoints")[-1]
+    (newest / "training_state.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"cannot resume from .*step-00000010"):
+        train(config, ALONE, resume=True)
+
+
+def test_only_the_newest_checkpoints_are_kept(configure):
+    config = configure(checkpoint={"every": 2, "keep_last": 2})
+    train(config, ALONE, until=7)
+    names = sorted(path.name for path in (Path(config.output) / "checkpoints").iterdir())
+    assert names == ["step-00000006", "step-00000007"]
+
+
+def test_a_checkpoint_says_what_it_is_and_needs_no_pickle(configure):
+    config = configure()
+    train(config, ALONE)
+    folder = Path(config.output)
+    newest = checkpoints(folder / "checkpoints")[-1]
+    description = json.loads((newest / "checkpoint.json").read_text())
+    assert description["step"] == 20
+    assert description["metrics"] == json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert description["config"] == config.model_dump(mode="json")
+    assert "optimizer" in torch.load(newest / "training_state.pt", weights_only=True)
+    assert load_file(newest / "model.safetensors")["blocks.0.mlp.up.weight"].shape == (64, 16)
+    assert load_file(folder / "probe.safetensors")["input_ids"].shape == (8, 16)
+
+
+def test_a_run_that_diverges_stops_and_says_when(configure):
+    config = configure(optimizer={"learning_rate": 5.0}, arguments={"norm": "no_norm"}, steps=100)
+    result = train(config, ALONE)
+    assert result == json.loads((Path(config.output) / "result.json").read_text())
+    assert result["status"] == "diverged"
+    assert result["horizon"] == 100
+    assert result["diverged_at"]["paper"] <= result["diverged_at"]["rksp"] == result["step"] + 1
