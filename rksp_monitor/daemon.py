@@ -7,6 +7,7 @@ ledger as its outcome, and the next one is processed.
 from __future__ import annotations
 
 import dataclasses
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from structlog.typing import FilteringBoundLogger
 
 from rksp_core.control import ControlWriter, Desired, KSSSettings
 from rksp_core.drift import DriftState, measure
-from rksp_core.errors import CheckpointError, ControlError, ExpiredCheckpoint, ProfileError
+from rksp_core.errors import CheckpointError, ControlError, ExpiredCheckpoint, ProfileError, RkspError
 from rksp_core.policy import LEVELS, Decision, Evidence, PolicyState, decide
 from rksp_core.profile import ModelProfile
 from rksp_monitor.checkpoints import FORMATS
@@ -123,15 +124,14 @@ class Daemon:
     def _note(self, sightings: list[Sighting]) -> None:
         """Bring the ledger up to date with a scan."""
         for sighting in sightings:
-            if self._ledger.record(sighting):
-                self._board.set(self._run, "rksp_checkpoint_last_seen_timestamp_seconds", self._clock())
-                self._log.info(
-                    "found" if sighting.complete else "writing",
-                    kind=sighting.kind,
-                    step=sighting.step,
-                    path=str(sighting.path),
-                    problem=sighting.problem,
-                )
+            if not self._ledger.record(sighting) or sighting.settling:
+                continue
+            self._board.set(self._run, "rksp_checkpoint_last_seen_timestamp_seconds", self._clock())
+            about = {"kind": sighting.kind, "step": sighting.step, "path": str(sighting.path)}
+            if sighting.complete:
+                self._log.info("found", **about)
+            else:
+                self._log.info("not finished", **about, problem=sighting.problem)
         present = {sighting.path for sighting in sightings}
         for event in self._ledger.events("seen", "ready"):
             if event.path not in present and not event.path.exists():
@@ -170,6 +170,11 @@ class Daemon:
             self._fail(event, str(error))
         except ProfileError as error:
             self._close(event, "skipped", str(error))
+        except (RkspError, sqlite3.Error):
+            raise  # nothing can be judged at all: the model cannot be built, or the ledger cannot be written
+        except Exception as error:  # noqa: BLE001 - whatever a document made us do, the next one may be good
+            self._log.exception("unexpected", step=event.step, path=str(event.path))
+            self._fail(event, f"{event.path.name} cannot be judged ({type(error).__name__}: {error})")
         else:
             return True
         return False
@@ -303,6 +308,7 @@ class Daemon:
             "rksp_risk_level": self._state.level,
             "rksp_kss_desired_weight": 0.0 if expired else self._state.ordered.alpha,
             "rksp_control_desired_generation": order.generation if order else 0,
+            "rksp_control_applied_generation": 0,
         }
         if applied is not None and applied.run_id == self._run:
             values["rksp_kss_applied_weight"] = applied.active_kss.alpha

@@ -74,3 +74,9 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
         raise CorruptCheckpoint(f"{path} is no checkpoint; expected .safetensors, .pt or .pth, or a folder step-N")
     FORMATS[name].check_complete(path)
     return FORMATS[name].read(path)
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step of a checkpoint or profile, None when it has none or is of no known format."""
+    name = format_of(path)
+    return None if name is None else FORMATS[name].step(path)

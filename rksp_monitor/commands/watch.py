@@ -152,7 +152,33 @@ class _Session:
         return 3 if (once and nothing) or (ended_by == "timeout" and (nothing or until_step is not None)) else 0
 
     def _worker(self, run: Any, stack: contextlib.ExitStack) -> Any:
-        del run, stack
+        """Return what replays checkpoints; it starts its process when the first one comes."""
+        from rksp_monitor.replay import ReplayWorker
+        from rksp_monitor.subject import SubjectSettings
+
+        if run.model is None:
+            return None
+        settings, replay = self.settings, self.settings.replay
+        subject = SubjectSettings(
+            model=run.model,
+            arguments=settings.arguments,
+            probe=None if run.probe is None else str(run.probe),
+            seed=settings.seed,
+            device=settings.device,
+            samples=replay.samples,
+            sequences=replay.sequences,
+            length=replay.length,
+        )
+        worker = ReplayWorker(
+            subject,
+            timeout=replay.timeout,
+            niceness=replay.niceness,
+            threads=replay.threads,
+            stop=self._stop,
+            started=lambda described: self._log.info("replay worker is ready", **described),
+        )
+        stack.callback(worker.close)
+        return worker
 
     def _open_endpoint(self, stack: contextlib.ExitStack) -> None:
         from rksp_core.atomic import write_atomic
