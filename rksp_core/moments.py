@@ -21,8 +21,9 @@ from torch import Tensor
 
 from rksp_core.atomic import write_atomic
 
-# Half of the relative spacing of a dtype, 2^-(p+1) for p significant bits: the noise a stored activation carries.
-ROUNDING = {torch.float64: 2.0**-54, torch.float32: 2.0**-25, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}
+# Half of the relative spacing of a dtype, 2^-(p+1) for p significant bits: the noise a stored activation carries. In
+# float64 there is nothing wider to add up in, so its means and products round as well: 16 times as much.
+ROUNDING = {torch.float64: 2.0**-50, torch.float32: 2.0**-25, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}
 
 
 class Moments:

@@ -1,0 +1,166 @@
+"""KSS: the printed formula, gradients that gradcheck accepts, and a regularizer that only acts when it is due."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rksp_core import KSSRegularizer, KSSSettings, kss_loss
+from rksp_core.kss import CONDITION_LIMIT, VARIANTS, Variant, eigenvalue_moduli
+
+from .planted import random_operator, snapshots
+from .test_capture import Model, tokens
+
+
+def penalty(moduli: np.ndarray, variant: str, gamma: float = 0.4) -> float:
+    """Kim et al. 2026, Eq. 14, as printed."""
+
+    def sigmoid(x: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-x))
+
+    over = moduli - 1.05
+    soft = np.mean(sigmoid(20 * (moduli - 0.90)) * sigmoid(20 * (1.05 - moduli)))
+    paper = np.sum(sigmoid(20 * over) * np.log1p(np.exp(over)) ** 2)
+    hinge = np.sum(np.maximum(over, 0) ** 2)
+    return float((paper if variant == "paper" else hinge) + (soft - gamma) ** 2)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_equation_14_on_planted_eigenvalues(variant: Variant) -> None:
+    planted = random_operator(10, radius=1.3)
+    x, y = snapshots(planted, 200)
+    expected = penalty(torch.linalg.eigvals(planted).abs().numpy(), variant)
+    assert float(kss_loss(x, y, rank=32, variant=variant)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_hinge_leaves_near_unit_modes_alone_and_the_published_form_does_not() -> None:
+    """softplus(x)^2 sigmoid(20 x) is .12 at |lam| = 1, for every one of the r modes."""
+    x = torch.randn(100, 8, dtype=torch.float64)
+    assert float(kss_loss(x, x, variant="hinge")) == pytest.approx(penalty(np.ones(8), "hinge"), rel=1e-9)
+    unstable = float(kss_loss(x, x, beta=0.0))
+    assert unstable == pytest.approx(8 * 0.12, rel=0.02)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rank", [3, 8])
+def test_gradcheck(variant: Variant, rank: int) -> None:
+    x, y = snapshots(random_operator(6, radius=1.3), 20, noise=0.3)
+    full = rank >= x.shape[1]
+    # U is detached: with r < d the loss as a function of h_in moves U too, so only h_out is checked there.
+    x.requires_grad_(full)
+    y.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: kss_loss(a, b, rank=rank, variant=variant), (x, y))
+
+
+def test_moduli_gradient_agrees_with_torch_on_well_conditioned_matrices() -> None:
+    matrix = random_operator(32).requires_grad_()
+    weights = torch.linspace(-1, 1, 32, dtype=torch.float64)
+    (mine,) = torch.autograd.grad((eigenvalue_moduli(matrix).sort().values * weights).sum(), matrix)
+    (theirs,) = torch.autograd.grad((torch.linalg.eigvals(matrix).abs().sort().values * weights).sum(), matrix)
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_the_gradient_of_a_nearly_defective_pair_is_cut() -> None:
+    """[[1, 1], [g, 1]] has eigenvalues 1 +- sqrt(g) and a derivative of order 1/sqrt(g): noise below some gap."""
+    for gap in (1e-4, 1e-9, 1e-14):
+        matrix = torch.tensor([[1.0, 1.0], [gap, 1.0]], dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(eigenvalue_moduli(matrix)[0], matrix)
+        assert gradient.abs().max() <= CONDITION_LIMIT
+
+
+def test_a_defective_operator_has_no_derivative() -> None:
+    with pytest.raises(torch.linalg.LinAlgError):
+        eigenvalue_moduli(
+            torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=torch.float64, requires_grad=True)
+        ).sum().backward()
+
+
+class TestRegularizer:
+    @staticmethod
+    def model() -> Model:
+        torch.manual_seed(0)
+        return Model(4).double().eval()
+
+    def test_the_term_and_its_gradient_are_those_of_kss_loss(self) -> None:
+        model = self.model()
+        regularizer = KSSRegularizer(model, alpha=0.3, interval=1, layer_fraction=1.0, rank=8)
+        with regularizer:
+            model(tokens())
+        regularizer.term().backward()
+        mine = [p.grad.clone() for p in model.layers.parameters()]
+        model.zero_grad()
+        h, total = model.embed(tokens()), 0.0
+        for layer in model.layers:
+            out = layer(h)[0]
+            total = total + kss_loss(h.flatten(0, 1), out.flatten(0, 1), rank=8)
+            h = out
+        (0.3 * total / 4).backward()
+        for a, b in zip(mine, (p.grad for p in model.layers.parameters()), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+    def test_is_due_every_interval_on_a_share_of_the_layers(self) -> None:
+        model = self.model()
+        regularizer = KSSRegularizer(model, alpha=0.1, interval=3, layer_fraction=0.5)
+        terms = []
+        for _ in range(7):
+            with regularizer:
+                hooked = sum(len(block._forward_hooks) for block in model.layers)
+                model(tokens())
+            terms.append((hooked, regularizer.term().item() > 0))
+        assert terms == [(2, True), (0, False), (0, False), (2, True), (0, False), (0, False), (2, True)]
+        assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.layers)
+
+    def test_weight_zero_is_bitwise_nothing(self) -> None:
+        model = self.model()
+        regularizer = KSSRegularizer(model, alpha=0.0, interval=1)
+        with regularizer:
+            loss = model(tokens()).square().mean()
+        assert torch.equal(loss + regularizer.term(), loss)
+
+    def test_a_resumed_run_draws_the_same_layers(self) -> None:
+        def draws(regularizer: KSSRegularizer, steps: int) -> list[list[str]]:
+            names = []
+            for _ in range(steps):
+                names.append([block.name for block in regularizer._chosen()])
+                with regularizer:
+                    pass
+            return names
+
+        straight = KSSRegularizer(self.model(), interval=1)
+        expected = draws(straight, 8)
+        first, second = KSSRegularizer(self.model(), interval=1), KSSRegularizer(self.model(), alpha=9.0)
+        got = draws(first, 5)
+        second.load_state_dict(first.state_dict())
+        assert got + draws(second, 3) == expected
+        assert second.settings == first.settings
+
+    def test_configure_holds_from_the_next_step(self) -> None:
+        model = self.model()
+        regularizer = KSSRegularizer(model, alpha=0.0)
+        regularizer.configure(KSSSettings(alpha=0.2, interval=1, layer_fraction=1.0))
+        with regularizer:
+            model(tokens())
+        assert regularizer.term().item() > 0
+
+    def test_a_layer_that_cannot_be_differentiated_is_skipped_and_counted(self) -> None:
+        model = self.model()
+        with torch.no_grad():
+            model.embed.weight.fill_(1.0)  # every token alike: no direction varies
+        regularizer = KSSRegularizer(model, interval=1, layer_fraction=1.0)
+        with regularizer:
+            model(tokens())
+        assert regularizer.term().item() == 0.0
+        assert regularizer.skipped_layers == 4
+
+    def test_hooks_go_when_the_forward_pass_raises(self) -> None:
+        model = self.model()
+        regularizer = KSSRegularizer(model, interval=1)
+        with pytest.raises(IndexError), regularizer:
+            model(torch.tensor([[10**6]]))
+        assert not any(block._forward_hooks for block in model.layers)
+
+
+def test_one_token_has_no_spectrum() -> None:
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        kss_loss(torch.zeros(1, 4), torch.zeros(1, 4))

@@ -1,0 +1,98 @@
+"""The look-ahead: as if the optimizer had run, on a copy, and nothing else moved."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rksp_core.capture import uncompiled
+from rksp_core.errors import ConfigError, ModelError
+from rksp_core.lookahead import look_ahead
+from rksp_core.profiling import profile_model
+
+from .test_capture import Model, tokens
+
+
+def loss(output: Tensor, batch: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    model = Model()
+    for layer in model.layers:
+        layer.dropout.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        ("adamw", lambda p: torch.optim.AdamW(p, lr=0.01)),
+        ("adam", lambda p: torch.optim.Adam(p, lr=0.01)),
+        ("sgd", lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)),
+    ],
+)
+def test_takes_the_steps_that_the_optimizer_would(model: Model, name: str, optimizer: object) -> None:
+    result = look_ahead(model, tokens(), loss, learning_rate=0.01, optimizer=name, steps=3)  # type: ignore[arg-type]
+    twin = copy.deepcopy(model).train()
+    stepper = optimizer(twin.parameters())  # type: ignore[operator]
+    losses = []
+    for _ in range(3):
+        stepper.zero_grad()
+        value = loss(twin(tokens()), tokens())
+        value.backward()
+        losses.append(value.item())
+        stepper.step()
+    assert result.losses == tuple(losses)
+    assert result.steps == 3
+    assert result.finite
+
+
+def test_the_model_and_the_random_state_are_untouched(model: Model) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    result = look_ahead(model, tokens(), loss, learning_rate=0.1, profile=lambda moved: profile_model(moved, tokens()))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert result.profile is not None
+    assert result.profile.layers[0].spectral_radius != profile_model(model, tokens()).layers[0].spectral_radius
+
+
+def test_the_same_seed_gives_the_same_look_ahead() -> None:
+    torch.manual_seed(0)
+    model = Model()  # with dropout
+    a, b = (look_ahead(model, tokens(), loss, learning_rate=0.1, seed=5) for _ in range(2))
+    assert a == b
+    assert a != look_ahead(model, tokens(), loss, learning_rate=0.1, seed=6)
+
+
+def test_a_hopeless_rate_is_a_finding(model: Model) -> None:
+    result = look_ahead(model, tokens(), loss, learning_rate=1e30, optimizer="sgd", steps=5)
+    assert not result.finite
+    assert result.profile is None
+    assert result.steps < 5 or result.hidden_rms_after is None
+
+
+def test_hidden_rms_is_that_of_the_last_block(model: Model) -> None:
+    result = look_ahead(model, tokens(), loss, learning_rate=0.05, steps=1)
+    model.train()
+    h = model.embed(tokens())
+    for layer in uncompiled(model).layers:
+        h = layer(h)[0]
+    assert result.hidden_rms_before == pytest.approx(h.double().square().mean().sqrt().item(), rel=1e-10)
+    assert result.hidden_rms_after != result.hidden_rms_before
+
+
+def test_bad_arguments(model: Model) -> None:
+    with pytest.raises(ConfigError, match="optimizer must be one of adamw, adam, sgd, got 'adamx'"):
+        look_ahead(model, tokens(), loss, learning_rate=0.1, optimizer="adamx")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="learning rate must be positive"):
+        look_ahead(model, tokens(), loss, learning_rate=0.0)
+    with pytest.raises(ModelError, match="scalar tensor with a gradient"):
+        look_ahead(model, tokens(), lambda output, batch: output, learning_rate=0.1)

@@ -1,0 +1,159 @@
+"""The profile of a model: right on a real transformer, stored without loss, aggregated as documented."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rksp_core import LayerProfile, ModelProfile, ProfileWriter, profile_model
+from rksp_core.errors import ProfileError
+from rksp_core.profile import SUMMARY_FIELDS, ReliableMasses
+
+from .oracle import algorithm_1
+from .planted import spectral_distance
+from .test_capture import Model, tokens
+
+
+@pytest.fixture(scope="module")
+def profile() -> ModelProfile:
+    torch.manual_seed(0)
+    return profile_model(Model(4), tokens(16, 16), probe={"origin": "test"})
+
+
+def test_a_real_transformer_agrees_with_algorithm_1() -> None:
+    """Hidden states as the model itself hands them out, in plain NumPy, against hooks, moments and eigen-decomposition."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=48, n_layer=4, n_head=4, vocab_size=500, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.randint(0, 500, (16, 64), generator=torch.Generator().manual_seed(1))
+    profile = profile_model(model, {"input_ids": ids}, samples=16 * 64)
+    with torch.no_grad():
+        states = model.transformer(ids, output_hidden_states=True).hidden_states
+    # The last state carries the final LayerNorm already, so the last block cannot be read off here.
+    for index, layer in enumerate(profile.layers[:-1]):
+        X, Y = (states[i].flatten(0, 1).numpy().T for i in (index, index + 1))
+        floor = 8 * 2.0**-50 * np.mean(X.astype(np.float64) ** 2)
+        oracle = algorithm_1(X, Y, floor=floor)
+        assert layer.status == ("ok",)
+        assert layer.rank == len(oracle["eigenvalues"]) == 48
+        for name in (
+            "near_unit_mass",
+            "expansive_mass",
+            "contractive_mass",
+            "spectral_radius",
+            "eigenvector_condition",
+        ):
+            assert getattr(layer, name) == pytest.approx(oracle[name], rel=1e-9), name
+        for name in ("nonlinearity_ratio", "update_ratio", "sigma_max", "henrici_departure"):
+            assert getattr(layer, name) == pytest.approx(oracle[name], rel=1e-9), name
+        assert layer.reliable.modes == oracle["reliable_modes"]
+        assert spectral_distance(layer.eigenvalues, oracle["eigenvalues"]) < 1e-9
+
+
+def test_summary_over_layers_and_depth_thirds(profile: ModelProfile) -> None:
+    column = [layer.spectral_radius for layer in profile.layers]
+    summary = profile.summary["spectral_radius"]
+    assert summary["mean"] == pytest.approx(np.mean(column))
+    assert summary["std"] == pytest.approx(np.std(column))
+    assert (summary["min"], summary["max"]) == (min(column), max(column))
+    # array_split of four layers: two, one, one
+    assert summary["early"] == pytest.approx(np.mean(column[:2]))
+    assert (summary["middle"], summary["late"]) == (column[2], column[3])
+    assert set(profile.summary) == set(SUMMARY_FIELDS)
+
+
+def test_a_value_that_is_not_known_is_left_out_of_the_summary(profile: ModelProfile) -> None:
+    first = dataclasses.replace(profile.layers[0], spectral_radius=None)
+    summary = dataclasses.replace(profile, layers=(first, *profile.layers[1:])).summary["spectral_radius"]
+    assert summary["mean"] == pytest.approx(np.mean([layer.spectral_radius for layer in profile.layers[1:]]))
+    unknown = dataclasses.replace(profile, layers=(first,)).summary["spectral_radius"]
+    assert set(unknown.values()) == {None}
+
+
+@pytest.mark.parametrize("suffix", ["json", "npz"])
+def test_round_trip(profile: ModelProfile, tmp_path: Path, suffix: str) -> None:
+    stamped = dataclasses.replace(profile, step=7, loss=1.5, gradient_norm=None)
+    stamped.save(tmp_path / f"profile.{suffix}")
+    assert ModelProfile.load(tmp_path / f"profile.{suffix}") == stamped
+
+
+def test_the_document_is_strict_json(profile: ModelProfile) -> None:
+    text = json.dumps(profile.to_dict(), allow_nan=False)
+    document = json.loads(text)
+    assert document["schema"] == "rksp.profile/1"
+    assert document["layers"][0]["kreiss_classical"] is None or document["layers"][0]["kreiss_classical"] >= 1
+    assert len(document["probe"]["sha256"]) == 64
+    assert document["probe"]["origin"] == "test"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"schema": "rksp.profile/1"}', '{"schema": "rksp.profile/1", "layers": [{}]}']
+)
+def test_a_damaged_file_is_one_clear_sentence(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(content)
+    with pytest.raises(ProfileError, match=r"profile\.json"):
+        ModelProfile.load(path)
+
+
+def test_a_missing_file_is_one_clear_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=r"absent\.npz cannot be read"):
+        ModelProfile.load(tmp_path / "absent.npz")
+
+
+def test_an_executor_changes_nothing_and_progress_is_told() -> None:
+    torch.manual_seed(0)
+    model, seen = Model(4), []
+    with ThreadPoolExecutor(2) as pool:
+        spread = profile_model(model, tokens(), executor=pool, progress=lambda *call: seen.append(call))
+    assert spread.to_dict() == profile_model(model, tokens()).to_dict()
+    assert seen == [(i + 1, 4, f"layers.{i}") for i in range(4)]
+
+
+def test_the_same_inputs_give_the_same_profile(profile: ModelProfile) -> None:
+    torch.manual_seed(0)
+    assert profile_model(Model(4), tokens(16, 16), probe={"origin": "test"}) == profile
+
+
+def test_an_exploding_layer_is_a_finding() -> None:
+    torch.manual_seed(0)
+    model = Model(3)
+    with torch.no_grad():
+        model.layers[1].linear.bias[0] = float("nan")
+    profile = profile_model(model, tokens())
+    assert [layer.status for layer in profile.layers] == [("ok",), ("not_finite",), ("not_finite",)]
+    assert profile.layers[1].near_unit_mass is None
+    assert "learning rate" in profile.layers[1].remedy
+    json.dumps(profile.to_dict(), allow_nan=False)
+
+
+def test_bfloat16_and_float16_models_are_profiled() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.manual_seed(0)
+        profile = profile_model(Model(2).to(dtype), tokens(16, 16))
+        assert profile.settings["dtype"] == str(dtype).removeprefix("torch.")
+        assert all(layer.spectral_radius is not None for layer in profile.layers)
+
+
+def test_profile_writer_stamps_and_numbers_its_files(profile: ModelProfile, tmp_path: Path) -> None:
+    writer = ProfileWriter(tmp_path, every=10)
+    assert [step for step in range(25) if writer.due(step)] == [0, 10, 20]
+    path = writer.write(profile, 10, loss=2.0, gradient_norm=float("inf"))
+    assert path == tmp_path / "profiles" / "step-00000010.json"
+    stored = ModelProfile.load(path)
+    assert (stored.step, stored.loss, stored.gradient_norm) == (10, 2.0, None)
+    assert stored.layers[0].eigenvalues is None
+    assert not ProfileWriter(tmp_path / "other", every=0).due(0)
+    assert not (tmp_path / "other").exists()
+
+
+def test_fields_of_a_later_version_are_ignored() -> None:
+    layer = LayerProfile("block", 4, 4, 10, 10, reliable=ReliableMasses(0))
+    assert LayerProfile.from_dict(layer.to_dict() | {"new_field": 1}) == layer
