@@ -37,8 +37,8 @@ def build() -> str:
         .tooltip(model.DashboardCursorSync.CROSSHAIR)
         .editable()
     )
-    for variable in variables():
-        board.with_variable(variable)
+    for choice in variables():
+        board.with_variable(choice)
     for title, panels, collapsed in rows():
         row = dashboard.Row(title).collapsed(collapsed)
         if collapsed:
@@ -50,6 +50,9 @@ def build() -> str:
                 board.with_panel(panel)
     document: dict[str, Any] = json.loads(json.dumps(board.build(), cls=JSONEncoder))
     document["annotations"] = {"list": switch_marks()}
+    for variable in document["templating"]["list"]:
+        for name in ("auto", "auto_count", "auto_min"):  # of interval variables; the SDK writes them for every kind
+            variable.pop(name)
     for identity, panel in enumerate(_all_panels(document["panels"]), start=1):
         panel["id"] = identity
     return json.dumps(document, indent=2, sort_keys=True) + "\n"

@@ -79,7 +79,7 @@ def submit(arguments: list[str], environment: dict[str, str], folder: Path) -> s
 def result(job: str, environment: dict[str, str], folder: Path) -> tuple[int, str]:
     """Wait for the end of a job, and return its exit code and what it wrote."""
     going = ("PENDING", "RUNNING", "COMPLETING")
-    wait_until(lambda: _state(job, environment)[0] not in going, 60, f"job {job} does not end")
+    wait_until(lambda: _state(job, environment)[0] not in going, 120, f"job {job} does not end")
     return _state(job, environment)[1], (folder / f"job-{job}.out").read_text(encoding="utf-8")
 
 

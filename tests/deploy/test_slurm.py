@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.deploy.cluster import result, slurm, submit
 from tests.deploy.processes import PATH, ROOT, need, run
@@ -53,8 +55,27 @@ def test_the_exit_code_of_the_preflight_decides_the_job(cluster: dict[str, str],
     for job, (code, choices, trains, expected) in zip(jobs, CASES, strict=True):
         ended, output = result(job, cluster, tmp_path)
         assert ended == expected, (code, choices, output)
-        assert ("trains with -m training model.yaml" in output) == trains, (code, choices, output)
+        assert ("trains with -m training model.yaml --resume" in output) == trains, (code, choices, output)
         assert f"preflight model.yaml --lr 0.01 --fail-on use_kss --format json --output-file preflight-{job}" in output
+
+
+@pytest.mark.slow
+def test_a_real_preflight_lets_a_stable_model_train_and_stops_a_hot_one(cluster: dict[str, str], tmp_path: Path):
+    _write(tmp_path / "rksp", f'exec {sys.executable} -m rksp_monitor "$@"')
+    environment = cluster | {"PATH": f"{tmp_path}:{PATH}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    jobs = {}
+    for name, rate in (("recall_small", "0.001"), ("recall_no_norm_hot", "0.01")):
+        config = yaml.safe_load((ROOT / f"training/configs/{name}.yaml").read_text(encoding="utf-8"))
+        config |= {"steps": 3, "output": str(tmp_path / "runs" / name)}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        jobs[name] = submit(["--cpus-per-task=1", str(SCRIPT), f"{name}.yaml", "--lr", rate], environment, tmp_path)
+    ended, output = result(jobs["recall_small"], cluster, tmp_path)
+    assert ended == 0, output
+    assert (tmp_path / "runs/recall_small/result.json").exists()
+    ended, output = result(jobs["recall_no_norm_hot"], cluster, tmp_path)
+    assert ended == 1, output
+    assert "risk at or above use_kss" in output
+    assert not (tmp_path / "runs/recall_no_norm_hot").exists()
 
 
 def _write(path: Path, command: str) -> None:
