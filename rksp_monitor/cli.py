@@ -78,13 +78,20 @@ def _say(message: str, *, code: int = 2) -> int:
 
 def _register() -> None:
     """Attach the commands; their modules import torch only when they run."""
+    from rksp_monitor.commands.config import config
+    from rksp_monitor.commands.doctor import doctor
     from rksp_monitor.commands.preflight import preflight
     from rksp_monitor.commands.probe import probe
+    from rksp_monitor.commands.profile import compare, profile
     from rksp_monitor.commands.watch import watch
 
     app.command()(preflight)
     app.command()(watch)
+    app.command()(profile)
+    app.command()(compare)
+    app.command()(doctor)
     app.add_typer(probe, name="probe")
+    app.add_typer(config, name="config")
 
 
 _register()

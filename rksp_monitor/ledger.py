@@ -231,7 +231,7 @@ def open_ledger(path: Path, run: str, *, clock: Callable[[], float] = time.time)
             f"cannot make the state folder {folder} ({error.strerror}); name another with --state-dir"
         ) from error
     kind = filesystem_of(folder)
-    if kind in _REMOTE:
+    if kind in REMOTE:
         raise ConfigError(f"the state folder {folder} is on {kind}, where SQLite is not safe; name a local --state-dir")
     with _single_writer(path):
         try:
@@ -272,7 +272,7 @@ def _single_writer(path: Path) -> Iterator[None]:
         lock.release()
 
 
-_REMOTE = frozenset(
+REMOTE = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "lustre", "gpfs", "ceph", "afs", "beegfs", "fuse.sshfs"}
 )
 

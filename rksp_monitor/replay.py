@@ -56,7 +56,7 @@ class ReplayWorker:
         niceness: int = 10,
         threads: int = 1,
         stop: threading.Event | None = None,
-        started: Callable[[Mapping[str, Any]], None] = lambda subject: None,
+        started: Callable[[Mapping[str, Any]], None] = lambda _: None,
     ) -> None:
         self.restarts = 0
         self.process: BaseProcess | None = None

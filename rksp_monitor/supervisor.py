@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 
 class Notifier:
@@ -35,18 +36,36 @@ class Notifier:
 
 @contextlib.contextmanager
 def signals(handlers: dict[signal.Signals, Callable[[], None]]) -> Iterator[None]:
-    """Call a handler for each of these signals, in a thread of its own.
+    """Call a handler for each of these signals, in a thread of its own, until the context ends.
 
     An ordinary handler runs between two bytecodes of the main thread, which may hold the very lock that the handler
-    needs (`threading.Event` is not re-entrant); a thread that waits for signals has no such trap. Signals stay
-    blocked when the context ends: a second SIGTERM while stopping changes nothing.
+    needs (`threading.Event` is not re-entrant); so the interpreter only writes the signal's number to a socket, and
+    a thread reads it. (Blocking the signals for `sigwait` is no way: numerical libraries start threads when they are
+    imported, and the signal would end the process through one of those.)
     """
-    wanted = set(handlers)
-    signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = {number: signal.signal(number, _noted) for number in handlers}
+    previous = signal.set_wakeup_fd(writer.fileno())
 
     def listen() -> None:
-        while True:
-            handlers[signal.Signals(signal.sigwait(wanted))]()
+        while numbers := reader.recv(64):
+            for number in numbers:
+                if number in before:
+                    handlers[signal.Signals(number)]()
 
-    threading.Thread(target=listen, name="signals", daemon=True).start()
-    yield
+    thread = threading.Thread(target=listen, name="signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        writer.close()
+        thread.join(timeout=5)
+        reader.close()
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the number is on its way to the thread that listens."""

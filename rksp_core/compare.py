@@ -1,0 +1,136 @@
+"""Two profiles of one model, layer by layer: what moved between a baseline and a checkpoint, and where most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rksp_core.drift import features
+from rksp_core.errors import ProfileError
+from rksp_core.profile import LayerProfile, ModelProfile
+
+SCHEMA = "rksp.compare/1"
+
+# What is compared, with the words that explain it; eigenvector_condition and nonlinearity_ratio are too noisy.
+FIELDS = {
+    "near_unit_mass": "near-unit mass",
+    "expansive_mass": "expansive mass",
+    "contractive_mass": "contractive mass",
+    "spectral_radius": "spectral radius",
+    "sigma_max": "largest singular value",
+    "henrici_departure": "departure from normality",
+    "kreiss_constant": "Kreiss constant",
+    "transient_growth": "transient growth",
+}
+NOTABLE_SHARE = 0.02  # the spread of near-unit mass over five probe batches was .003 to .018
+NOTABLE_FACTOR = 1.1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A checkpoint's profile beside its baseline."""
+
+    baseline: ModelProfile
+    profile: ModelProfile
+
+    def changes(self, index: int) -> dict[str, float | None]:
+        """Return value minus baseline of one layer, for each of `FIELDS`; None where either is unknown."""
+        before, after = self.baseline.layers[index], self.profile.layers[index]
+        return {name: _difference(getattr(after, name), getattr(before, name)) for name in FIELDS}
+
+    @property
+    def drift(self) -> dict[str, dict[str, float | None]]:
+        """Return {feature of `rksp_core.drift`: {baseline, value, change}} over the layers."""
+        before, after = features(self.baseline), features(self.profile)
+        return {
+            name: {
+                "baseline": before.get(name),
+                "value": after.get(name),
+                "change": _difference(after.get(name), before.get(name)),
+            }
+            for name in sorted(before.keys() | after.keys())
+        }
+
+    @property
+    def explanation(self) -> list[str]:
+        """Return a sentence for each field that moved, the layer that moved most in it, and its statuses."""
+        sentences = [text for name in FIELDS if (text := self._explain(name)) is not None]
+        for before, after in zip(self.baseline.layers, self.profile.layers, strict=True):
+            if before.status != after.status:
+                sentences.append(f"{after.layer} was {', '.join(before.status)} and is {', '.join(after.status)}")
+        return sentences or ["no layer moved by more than the spread of probe batches"]
+
+    def _explain(self, name: str) -> str | None:
+        pairs = [
+            (layer.layer, before, after)
+            for layer, before, after in zip(
+                self.profile.layers, self.baseline.values(name), self.profile.values(name), strict=True
+            )
+            if before is not None and after is not None
+        ]
+        moved = [pair for pair in pairs if _notable(name, pair[1], pair[2])]
+        if not moved:
+            return None
+        layer, before, after = max(moved, key=lambda pair: abs(pair[2] - pair[1]))
+        rose = sum(after > before for _, before, after in moved)
+        return (
+            f"{FIELDS[name]} moved in {len(moved)} of {len(pairs)} layers ({rose} up, {len(moved) - rose} down), "
+            f"most in {layer}: {before:.3g} -> {after:.3g}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form: the checkpoint's profile, each layer with its baseline and its changes."""
+        document = self.profile.to_dict(eigenvalues=False)
+        document["schema"] = SCHEMA
+        for index, layer in enumerate(document["layers"]):
+            layer["baseline"] = _fields(self.baseline.layers[index])
+            layer["change"] = self.changes(index)
+        document["step"] = self.profile.step
+        document["baseline"] = {"step": self.baseline.step, "summary": self.baseline.summary}
+        document["drift"] = self.drift
+        document["explanation"] = self.explanation
+        return document
+
+
+def compare(baseline: ModelProfile, profile: ModelProfile) -> Comparison:
+    """Set a profile beside its baseline.
+
+    Raises
+    ------
+    ProfileError
+        When the probes, the numerical settings or the layers differ: the numbers would not be comparable.
+    """
+    probes = baseline.probe.get("sha256"), profile.probe.get("sha256")
+    if probes[0] != probes[1]:
+        short = [str(probe)[:12] for probe in probes]
+        raise ProfileError(f"the baseline is on probe {short[0]}, the other on {short[1]}; profile both on one --probe")
+    before, after = dict(baseline.settings), dict(profile.settings)
+    differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if differing:
+        name = differing[0]
+        raise ProfileError(
+            f"the baseline was made with {name} {before.get(name)!r}, the other with {after.get(name)!r}; "
+            "profile both with the same settings"
+        )
+    names = [[layer.layer for layer in each.layers] for each in (baseline, profile)]
+    if names[0] != names[1]:
+        raise ProfileError(
+            f"the baseline has {len(names[0])} layers ({names[0][0]} ...), the other {len(names[1])} "
+            f"({names[1][0]} ...); compare profiles of one model"
+        )
+    return Comparison(baseline, profile)
+
+
+def _notable(name: str, before: float, after: float) -> bool:
+    if name.endswith("_mass") or name == "henrici_departure":
+        return abs(after - before) > NOTABLE_SHARE
+    low, high = sorted((before, after))
+    return high > NOTABLE_FACTOR * low
+
+
+def _fields(layer: LayerProfile) -> dict[str, float | None]:
+    return {name: getattr(layer, name) for name in FIELDS}
+
+
+def _difference(value: float | None, reference: float | None) -> float | None:
+    return None if value is None or reference is None else value - reference

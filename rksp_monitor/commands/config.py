@@ -1,0 +1,61 @@
+"""``rksp config init``, ``validate`` and ``schema``: the settings file of ``rksp watch``."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rksp_core.errors import ConfigError
+
+config = typer.Typer(no_args_is_help=True, help="Write, check or describe the settings file of `rksp watch`.")
+
+
+def template() -> str:
+    """Return the commented YAML with every default."""
+    return files("rksp_monitor").joinpath("watch.yaml").read_text(encoding="utf-8")
+
+
+@config.command()
+def init(
+    output: Annotated[Path | None, typer.Argument(metavar="[OUTPUT]", help="File to write; default: stdout.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> int:
+    """Write a commented settings file with every default."""
+    from rksp_core.atomic import write_atomic
+
+    if output is None:
+        print(template(), end="")
+        return 0
+    if output.exists() and not force:
+        raise ConfigError(f"{output} is already there; pass --force to replace it")
+    try:
+        write_atomic(output, template())
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
+    return 0
+
+
+@config.command()
+def validate(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="The settings file to check.")],
+) -> int:
+    """Check a settings file, with the RKSP_* variables of the environment over it."""
+    from rksp_monitor.config import read_settings
+
+    settings = read_settings(path)
+    mode = "enforce" if settings.enforce else "observe"
+    print(f"{path} is valid: {len(settings.policy.rules)} rules, mode {mode}")
+    return 0
+
+
+@config.command()
+def schema() -> int:
+    """Print the JSON schema of the settings."""
+    from rksp_monitor.config import WatchSettings
+
+    print(json.dumps(WatchSettings.model_json_schema(), indent=1))
+    return 0

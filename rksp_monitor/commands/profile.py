@@ -1,0 +1,175 @@
+"""``rksp profile CHECKPOINT`` and ``rksp compare BASELINE CHECKPOINT``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from rksp_core.errors import ConfigError, ModelError
+from rksp_monitor.commands.preflight import parse_arguments, progress_bar, require_writable
+
+if TYPE_CHECKING:
+    from rksp_core.profile import ModelProfile
+    from rksp_monitor.subject import Subject
+
+Format = Literal["table", "json"]
+INCONCLUSIVE = 3
+
+Model = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="What weights are loaded into; default: the run's config.yaml.")
+]
+Arguments = Annotated[
+    list[str] | None, typer.Option("--arg", metavar="KEY=VALUE", help="An argument of the factory, as YAML.")
+]
+ProbeFile = Annotated[
+    Path | None, typer.Option("--probe", help="Probe file; default: the run's probe.safetensors, else random tokens.")
+]
+Blocks = Annotated[str | None, typer.Option(metavar="GLOB", help="Residual blocks, e.g. 'transformer.h.*'.")]
+Samples = Annotated[int, typer.Option(min=2, help="Token states to profile.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of random tokens and sampling.")]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:n]")]
+Form = Annotated[Format, typer.Option("--format", help="Of the report on stdout.")]
+OutputFile = Annotated[Path | None, typer.Option(help="Write the report there instead of to stdout.")]
+
+
+def profile(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a profile file.")],
+    model: Model = None,
+    arg: Arguments = None,
+    probe: ProbeFile = None,
+    blocks: Blocks = None,
+    samples: Samples = 2048,
+    seed: Seed = 0,
+    device: Device = "auto",
+    form: Form = "table",
+    output_file: OutputFile = None,
+) -> int:
+    """Profile one checkpoint on a probe."""
+    if output_file is not None:
+        require_writable(output_file)
+    source = _Source(model, parse_arguments(arg or []), probe, blocks, samples, seed, device)
+    result = source.profile(checkpoint)
+    if form == "json":
+        text = json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n"
+    else:
+        from rksp_monitor.report.profile import profile_table
+
+        text = profile_table(result, _title(checkpoint, result), **_terminal(output_file))
+    _emit(text, output_file)
+    return 0 if result.summary["near_unit_mass"]["mean"] is not None else INCONCLUSIVE
+
+
+def compare(
+    baseline: Annotated[Path, typer.Argument(metavar="BASELINE", help="A profile file, or an earlier checkpoint.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A profile file, or a checkpoint.")],
+    model: Model = None,
+    arg: Arguments = None,
+    probe: ProbeFile = None,
+    blocks: Blocks = None,
+    samples: Samples = 2048,
+    seed: Seed = 0,
+    device: Device = "auto",
+    form: Form = "table",
+    output_file: OutputFile = None,
+) -> int:
+    """Say what moved between a baseline and a checkpoint, layer by layer."""
+    if output_file is not None:
+        require_writable(output_file)
+    from rksp_core.compare import compare as set_beside
+
+    source = _Source(model, parse_arguments(arg or []), probe, blocks, samples, seed, device)
+    before, after = source.profile(baseline), source.profile(checkpoint)
+    comparison = set_beside(before, after)
+    if form == "json":
+        text = json.dumps(comparison.to_dict(), indent=1, allow_nan=False) + "\n"
+    else:
+        from rksp_monitor.report.profile import comparison_table
+
+        title = f"{_title(checkpoint, after)}\nagainst {_title(baseline, before)}: value (change)"
+        text = comparison_table(comparison, title, **_terminal(output_file))
+    _emit(text, output_file)
+    known = after.summary["near_unit_mass"]["mean"] is not None and before.summary["near_unit_mass"]["mean"] is not None
+    return 0 if known else INCONCLUSIVE
+
+
+class _Source:
+    """Profiles of paths: read where the path is a profile, replayed where it is a checkpoint."""
+
+    def __init__(
+        self,
+        model: str | None,
+        arguments: dict[str, Any],
+        probe: Path | None,
+        blocks: str | None,
+        samples: int,
+        seed: int,
+        device: str,
+    ) -> None:
+        self._model, self._probe = model, probe
+        self._options: dict[str, Any] = {
+            "arguments": arguments,
+            "blocks": blocks,
+            "samples": samples,
+            "seed": seed,
+            "device": device,
+        }
+        self._subject: Subject | None = None
+
+    def profile(self, path: Path) -> ModelProfile:
+        from rksp_core.profile import ModelProfile
+
+        if path.suffix in (".json", ".npz"):
+            return ModelProfile.load(path)
+        if self._subject is None:
+            self._subject = self._build(path)
+        with progress_bar() as progress:
+            return self._subject.profile(path, progress)
+
+    def _build(self, path: Path) -> Subject:
+        """Build what the path is replayed with; a checkpoint in a run folder knows its model and probe."""
+        from rksp_core.errors import ExpiredCheckpoint
+        from rksp_monitor.run import CONFIG, PROBE
+        from rksp_monitor.subject import Subject, SubjectSettings
+
+        if not path.exists():
+            raise ExpiredCheckpoint(f"there is no checkpoint {path}")
+        above = path.absolute().parents[:2]
+        config = next((folder / CONFIG for folder in above if (folder / CONFIG).is_file()), None)
+        own_probe = next((folder / PROBE for folder in above if (folder / PROBE).is_file()), None)
+        model = self._model or (str(config) if config else None)
+        if model is None:
+            raise ModelError(f"nothing says which model {path} belongs to; give --model")
+        probe = self._probe or own_probe
+        if probe is None:
+            print("rksp: no probe given, profiling on seeded random tokens", file=sys.stderr)
+        return Subject(SubjectSettings(model=model, probe=None if probe is None else str(probe), **self._options))
+
+
+def _title(path: Path, profile: ModelProfile) -> str:
+    step = "" if profile.step is None else f" (step {profile.step})"
+    return f"{path}{step}, probe {str(profile.probe.get('sha256'))[:12]}"
+
+
+def _terminal(output_file: Path | None) -> dict[str, Any]:
+    if output_file is not None or not sys.stdout.isatty():
+        return {"width": 120, "colour": False}
+    return {"width": os.get_terminal_size().columns, "colour": not os.environ.get("NO_COLOR")}
+
+
+def _emit(text: str, output_file: Path | None) -> None:
+    from rksp_core.atomic import write_atomic
+
+    if output_file is None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    try:
+        write_atomic(output_file, text)
+    except OSError as error:
+        raise ConfigError(f"the output file {output_file} cannot be written: {error.strerror}") from error
+    print(f"rksp: the report is in {output_file}", file=sys.stderr)
