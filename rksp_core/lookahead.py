@@ -101,8 +101,8 @@ def look_ahead(
         norms: list[float | None] = []
         for _ in range(steps):
             stepper.zero_grad(set_to_none=True)
-            value = loss(batches.call(moved, batch), batch)
-            if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+            value: object = loss(batches.call(moved, batch), batch)
+            if not (isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad):
                 raise ModelError("the loss must be a scalar tensor with a gradient; return a mean over the batch")
             value.backward()  # type: ignore[no-untyped-call]
             norm = torch.nn.utils.get_total_norm([p.grad for p in moved.parameters() if p.grad is not None])

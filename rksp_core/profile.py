@@ -160,7 +160,7 @@ class ModelProfile:
         return document
 
     @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> ModelProfile:
+    def from_dict(cls, document: Any) -> ModelProfile:
         """Read the profile JSON.
 
         Raises
@@ -169,7 +169,7 @@ class ModelProfile:
             When the schema is another one or a field is missing.
         """
         # A preflight document carries the same layers, settings and probe, so it serves as a baseline too.
-        schema = document.get("schema")
+        schema = document.get("schema") if isinstance(document, Mapping) else None
         if schema not in (SCHEMA, "rksp.preflight/1"):
             raise ProfileError(f"a profile has schema {SCHEMA!r}, got {schema!r}; write one with `rksp profile`")
         try:

@@ -139,10 +139,11 @@ def profile_layer(
     system = eigensystem(operator.matrix)
     figures = spectrum(operator, system)
     kreiss = kreiss_constant(operator.matrix, eigensystem=system)
+    masses: dict[str, Any] = figures.masses
     return LayerProfile(
         **sizes,
         rank=operator.rank,
-        **figures.masses,
+        **masses,
         reliable=figures.reliable,
         spectral_radius=figures.spectral_radius,
         eigenvector_condition=_finite(figures.eigenvector_condition),
