@@ -44,10 +44,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(config: Config) -> int:
-    from training.loop import build
-    from training.ranks import Ranks, choose_device
+    from rksp_core.device import choose_device
+    from training.ranks import Ranks
+    from training.run import build_run
 
-    run = build(config, Ranks(0, 1, choose_device(config.device)))
+    run = build_run(config, Ranks(0, 1, choose_device(config.device)))
     count = sum(parameter.numel() for parameter in run.model.parameters())
     print(f"{config.run_id}: the configuration is valid ({count:,} parameters, {config.steps} steps)")
     return 0

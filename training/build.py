@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from rksp_core.errors import ConfigError, RkspError
+from rksp_core.errors import ConfigError
 from training import config as schema
 from training.names import nearest, unknown_key
 from training.tasks import Task
@@ -24,18 +25,7 @@ def build_model(model: schema.Model, seed: int) -> nn.Module:
     ConfigError
         When the factory cannot be imported, has no such argument, or refuses a value.
     """
-    module_name, _, name = model.factory.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(
-            f"model.factory: cannot import {module_name!r} ({error}); run from the folder above it"
-        ) from error
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        near = nearest(name, [key for key, value in vars(module).items() if callable(value)])
-        hint = f"did you mean {near!r}?" if near else "name a class or a function in it"
-        raise ConfigError(f"model.factory: {module_name} has no {name!r}; {hint}")
+    factory = _import(model.factory)
     parameters = inspect.signature(factory).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         for key in model.arguments:
@@ -43,11 +33,12 @@ def build_model(model: schema.Model, seed: int) -> nn.Module:
                 raise ConfigError(unknown_key("model.arguments", key, parameters))
     torch.manual_seed(seed)
     try:
-        return factory(**model.arguments)
-    except RkspError:
-        raise
+        module = factory(**model.arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{model.factory} refused model.arguments: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"{model.factory} returned a {type(module).__name__}, expected a torch.nn.Module")
+    return module
 
 
 def build_task(task: schema.Task, seed: int) -> Task:
@@ -80,3 +71,19 @@ def learning_rate(peak: float, schedule: schema.Schedule, step: int, steps: int)
         return peak
     progress = (step - schedule.warmup) / max(1, steps - schedule.warmup)
     return peak * (schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def _import(reference: str) -> Callable[..., object]:
+    module_name, _, name = reference.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"model.factory: cannot import {module_name!r} ({error}); run from the folder above it"
+        ) from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        near = nearest(name, [key for key, value in vars(module).items() if callable(value)])
+        hint = f"did you mean {near!r}?" if near else "name a class or a function in it"
+        raise ConfigError(f"model.factory: {module_name} has no {name!r}; {hint}")
+    return factory

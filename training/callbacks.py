@@ -1,4 +1,4 @@
-"""What happens around a step: the log, the profiles, the orders of a monitor.
+"""What happens around a step: the log, the profiles, the checkpoints, and the orders of a monitor.
 
 Rank 0 acts. Nothing here changes the numbers of the run but an order, which is meant to.
 """
@@ -10,12 +10,16 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rksp_core import ControlListener, KSSRegularizer, KSSSettings, ProfileWriter, profile_model
 from rksp_core.atomic import write_atomic
+from training.checkpoint import keep_newest, save_checkpoint
+from training.config import Config
 from training.ranks import Ranks
+from training.run import Run
 
 Say = Callable[[str], None]
 
@@ -37,61 +41,103 @@ class Record:
         return {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(self).items()}
 
 
+class Observer(Protocol):
+    """Sees each step after it was made, and the end of the run."""
+
+    def after(self, run: Run, record: Record | None) -> None:
+        """Observe a step; None: the state before the first."""
+        ...
+
+    def end(self, run: Run) -> None:
+        """Observe the end: finished, diverged or stopped."""
+        ...
+
+
 class MetricsLog:
     """Appends each step to ``metrics.jsonl``, and says every so many of them.
 
     A resumed run continues the file behind the step it resumes from: later lines, and half a line, are cut.
     """
 
-    def __init__(self, path: Path, *, step: int, print_every: int, say: Say) -> None:
-        self._print_every, self._say = print_every, say
-        kept = path.read_text(encoding="utf-8").splitlines()[:step] if path.exists() else []
-        write_atomic(path, "".join(f"{line}\n" for line in kept))
-        self._stream = path.open("a", encoding="utf-8", buffering=1)
+    def __init__(self, run: Run, say: Say) -> None:
+        self._path, self._say = Path(run.config.output) / "metrics.jsonl", say
+        kept = self._path.read_text(encoding="utf-8").splitlines()[: run.step] if self._path.exists() else []
+        write_atomic(self._path, "".join(f"{line}\n" for line in kept))
 
-    def write(self, record: Record) -> None:
+    def after(self, run: Run, record: Record | None) -> None:
         """Write one line; a reader sees it at once."""
-        self._stream.write(json.dumps(record.to_dict(), allow_nan=False) + "\n")
-        if record.step % self._print_every == 0:
+        if record is None:
+            return
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record.to_dict(), allow_nan=False) + "\n")
+        if record.step % run.config.print_every == 0:
             self._say(
                 f"step {record.step:6d}  loss {record.loss:9.4f}  gradient norm {record.gradient_norm:9.3f}  "
                 f"rate {record.learning_rate:.2e}  kss {record.kss_weight:g}"
             )
 
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
+    def end(self, run: Run) -> None:
+        """Do nothing: each line is on its way already."""
 
 
 class Profiles:
     """Profiles the model on the fixed probe every so many steps; the model and the random state stay as they are."""
 
-    def __init__(self, folder: Path, *, every: int, samples: int, probe: Tensor, say: Say) -> None:
-        self._writer = ProfileWriter(folder, every=every)
-        self._samples, self._probe, self._say = samples, probe, say
+    def __init__(self, run: Run, probe: Tensor, say: Say) -> None:
+        self._writer = ProfileWriter(run.config.output, every=run.config.profile.every)
+        self._probe, self._say = probe, say
 
-    def at(self, step: int, model: nn.Module, record: Record | None) -> None:
+    def after(self, run: Run, record: Record | None) -> None:
         """Write a profile when one is due; trouble in it is said, and never stops the run."""
-        if not self._writer.due(step):
+        if run.diverged or not self._writer.due(run.step):
             return
         loss, norm = (None, None) if record is None else (record.loss, record.gradient_norm)
         try:
-            profile = profile_model(model, self._probe, samples=self._samples)
-            self._writer.write(profile, step, loss=loss, gradient_norm=norm)
+            profile = profile_model(run.model, self._probe, samples=run.config.profile.samples)
+            self._writer.write(profile, run.step, loss=loss, gradient_norm=norm)
         except Exception as error:  # noqa: BLE001 - a run of days is worth more than a profile of it
-            self._say(f"no profile at step {step}: {error}")
+            self._say(f"no profile at step {run.step}: {error}")
+
+    def end(self, run: Run) -> None:
+        """Do nothing: profiles are taken at their steps only."""
+
+
+class Checkpoints:
+    """Writes a checkpoint before the first step, every so many steps, and at the end of a run that did not diverge."""
+
+    def __init__(self, run: Run) -> None:
+        self._folder, self._settings = Path(run.config.output) / "checkpoints", run.config.checkpoint
+        self._record: Record | None = None
+
+    def after(self, run: Run, record: Record | None) -> None:
+        """Write one when it is due."""
+        self._record = record
+        if self._settings.every and run.step % self._settings.every == 0:
+            self.end(run)
+
+    def end(self, run: Run) -> None:
+        """Write the last one; the state of a diverged run is not worth going on with."""
+        if run.diverged or not self._settings.every:
+            return
+        description = {
+            "run_id": run.config.run_id,
+            "metrics": None if self._record is None else self._record.to_dict(),
+            "config": run.config.model_dump(mode="json"),
+        }
+        save_checkpoint(self._folder, run.step, run.model.state_dict(), run.state(), description)
+        if self._settings.keep_last is not None:
+            keep_newest(self._folder, self._settings.keep_last)
 
 
 class Control:
     """Obeys the orders of a monitor: rank 0 reads, all processes apply at the same boundary, rank 0 acknowledges."""
 
-    def __init__(
-        self, folder: Path, run_id: str, *, every: int, ranks: Ranks, regularizer: KSSRegularizer, say: Say
-    ) -> None:
-        self._ranks, self._every, self._regularizer, self._say = ranks, every, regularizer, say
-        self._listener = ControlListener(folder, run_id) if ranks.first else None
-        if self._listener is not None:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    def __init__(self, config: Config, ranks: Ranks, regularizer: KSSRegularizer, say: Say) -> None:
+        self._ranks, self._every, self._regularizer, self._say = ranks, config.control.every, regularizer, say
+        self._listener = None
+        if ranks.first:
+            config.control_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._listener = ControlListener(config.control_folder, config.run_id)
 
     def obey(self, step: int, *, stop: bool) -> bool:
         """Apply an order that has come since the last boundary; return whether rank 0 wants to stop.
@@ -104,7 +150,7 @@ class Control:
         if self._ranks.size == 1 and desired is None:
             return stop
         kss = desired.kss if desired is not None else KSSSettings()
-        stop_, changed, alpha, interval, layer_fraction, gamma = self._ranks.from_first(
+        agreed_stop, changed, alpha, interval, layer_fraction, gamma = self._ranks.from_first(
             [stop, desired is not None, kss.alpha, kss.interval, kss.layer_fraction, kss.gamma]
         )
         if changed:
@@ -112,4 +158,4 @@ class Control:
         if self._listener is not None and desired is not None:
             self._listener.acknowledge(desired, step)
             self._say(f"step {step:6d}  order {desired.generation}: KSS weight {kss.alpha:g}")
-        return bool(stop_)
+        return bool(agreed_stop)

@@ -100,7 +100,7 @@ class Config(Section):
 
     run_id: str = Field(min_length=1)
     output: str = Field(min_length=1)
-    seed: Whole = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     steps: Count = 1000
     device: str = "auto"
     threads: Count = 1

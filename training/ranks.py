@@ -33,6 +33,11 @@ class Ranks:
         """Average the gradients of all processes in every backward pass."""
         return model if self.size == 1 else DistributedDataParallel(model)
 
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        if self.size > 1:
+            distributed.barrier()
+
     def mean(self, value: Tensor) -> float:
         """Return the mean of a scalar over all processes."""
         value = value.detach().to(self.device)
@@ -43,12 +48,12 @@ class Ranks:
         return float(value)
 
     def from_first(self, values: Sequence[float]) -> list[float]:
-        """Return the numbers that rank 0 holds, the same on every process."""
+        """Return the numbers that rank 0 holds, on every process."""
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         distributed.broadcast(tensor, src=0)
-        return tensor.tolist()
+        return [float(value) for value in tensor]
 
 
 def join(device: str) -> Ranks:

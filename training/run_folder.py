@@ -24,8 +24,8 @@ from training.checkpoint import checkpoints
 from training.config import Config, parse_config
 
 
-def open_folder(config: Config, *, resume: bool) -> Path | None:
-    """Make sure that the run may write to its folder; return the checkpoint to resume from, if any.
+def open_folder(config: Config, *, resume: bool) -> None:
+    """Make sure that the run may start or continue in its folder, and write the configuration there.
 
     ``resume`` in a folder without a run starts from the beginning, so a scheduler can always pass it.
 
@@ -40,13 +40,17 @@ def open_folder(config: Config, *, resume: bool) -> Path | None:
         if not resume:
             raise ConfigError(f"{folder} already holds a run; pass --resume to continue it, or change output")
         _refuse_another(config, stored)
-        return next(reversed(checkpoints(folder / "checkpoints")), None)
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(stored, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     except OSError as error:
         raise ConfigError(f"cannot write to the run folder {folder} ({error.strerror}); change output") from error
-    return None
+
+
+def newest_checkpoint(config: Config) -> Path | None:
+    """Return the checkpoint to resume from, or None where there is none yet."""
+    return next(reversed(checkpoints(Path(config.output) / "checkpoints")), None)
 
 
 def write_probe(folder: Path, input_ids: Tensor) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from rksp_core.control import ControlWriter, KSSSettings, Reason
 from training.callbacks import Control
 from training.config import read_config
-from training.loop import advance, build
+from training.loop import advance
 from training.ranks import join, leave
+from training.run import build_run
 
 ORDER_AFTER = 7
 
@@ -20,9 +21,9 @@ ORDER_AFTER = 7
 def main(path: Path, notes: Path) -> None:
     config = read_config(path)
     ranks = join("cpu")
-    run = build(config, ranks)
+    run = build_run(config, ranks)
     folder = config.control_folder
-    control = Control(folder, config.run_id, every=1, ranks=ranks, regularizer=run.regularizer, say=lambda _: None)
+    control = Control(config, ranks, run.regularizer, lambda _: None)
     weights = []
     while run.step < config.steps:
         control.obey(run.step, stop=False)
