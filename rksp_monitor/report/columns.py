@@ -1,5 +1,7 @@
 """What the layer table and the depth table show, the same in every format for people."""
 
+# ruff: noqa: RUF001 - the Greek letters are the paper's symbols
+
 from __future__ import annotations
 
 import math
