@@ -43,7 +43,7 @@ def metrics_in(expression: str) -> set[str]:
     return {re.sub(r"_(bucket|sum|count)$", "", name) for name in names}
 
 
-def filled_in(expression: str, job: str = "rksp", window: str = "30s") -> str:
+def filled_in(expression: str, job: str = "rksp", window: str = "2m") -> str:
     """Put values in place of Grafana's variables, as Grafana does."""
     for name, value in (("$__rate_interval", window), ("$job", job), ("$instance", ".+"), ("$run", ".*")):
         expression = expression.replace(name, value)
