@@ -125,7 +125,7 @@ class Desired:
                 expires_at=expires_at,
                 reason=Reason(**reason),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ControlError(f"the order cannot be read ({error!r}); let the monitor write it again") from error
 
 
@@ -168,6 +168,9 @@ class Acknowledgement:
             if document["schema"] != ACK_SCHEMA:
                 raise ControlError(f"an acknowledgement has schema {ACK_SCHEMA!r}, got {document['schema']!r}")
             active = document["active"]
+            numbers = (document["generation"], document["step"], active["generation"])
+            if not all(_whole(number) for number in numbers):
+                raise ControlError(f"an acknowledgement needs whole numbers for generation and step, got {numbers}")
             return cls(
                 **{name: document[name] for name in ("run_id", "generation", "step", "at", "status", "message")},
                 active_generation=active["generation"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -77,5 +78,5 @@ def save_folder(run: Path, step: int, **options: float) -> Path:
     staging = run / "checkpoints" / f".step-{step:08d}.tmp"
     staging.mkdir(parents=True)
     save_file(weights(step, **options), staging / "model.safetensors")
-    (staging / "checkpoint.json").write_text('{"schema": "rksp.checkpoint/1", "step": %d}' % step)
+    (staging / "checkpoint.json").write_text(json.dumps({"schema": "rksp.checkpoint/1", "step": step}))
     return staging.rename(run / "checkpoints" / f"step-{step:08d}")

@@ -1,0 +1,147 @@
+"""Discovery on a real folder: half-written files, atomic renames, and waking up with and without file events."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from rksp_monitor import discovery
+from rksp_monitor.discovery import Scanner, watch
+from tests.core.profiles import profile
+from tests.monitor import tiny_model
+
+
+def steps(sightings: list[discovery.Sighting], **wanted: bool) -> list[int]:
+    return [s.step for s in sightings if all(getattr(s, name) == value for name, value in wanted.items())]
+
+
+def test_a_folder_that_is_not_there_holds_nothing(tmp_path: Path):
+    assert Scanner(tmp_path / "later").scan() == []
+
+
+def test_steps_come_in_the_order_of_numbers(tmp_path: Path):
+    for step in (1000, 999, 20):
+        torch.save(tiny_model.weights(step), tmp_path / f"step_{step}.pt")
+    assert steps(Scanner(tmp_path).scan()) == [20, 999, 1000]
+
+
+def test_other_state_is_not_seen(tmp_path: Path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("optimizer-100.pt", ".step-1.safetensors.tmp", "step-5.safetensors.tmp", "training_state.pt"):
+        torch.save({}, tmp_path / "checkpoints" / name)
+    (tmp_path / "checkpoints" / "tmp-checkpoint-9").mkdir()
+    (tmp_path / "config.yaml").write_text("a: 1")
+    assert Scanner(tmp_path).scan() == []
+
+
+def test_a_weights_file_is_complete_when_two_looks_agree(tmp_path: Path):
+    content = save(tiny_model.weights(1))
+    path, scanner = tmp_path / "step-1.safetensors", Scanner(tmp_path)
+    path.write_bytes(content[:1000])
+    (half,) = scanner.scan()
+    assert not half.complete
+    assert "bytes" in half.problem
+    path.write_bytes(content)
+    (settling,) = scanner.scan()
+    assert (settling.complete, settling.settling) == (False, True)
+    (ready,) = scanner.scan()
+    assert ready.complete
+
+
+def test_a_file_of_its_final_size_whose_bytes_still_arrive_keeps_settling(tmp_path: Path):
+    content = bytearray(save(tiny_model.weights(1)))
+    path, scanner = tmp_path / "step-1.safetensors", Scanner(tmp_path)
+    for n in range(5):
+        content[-1] = n
+        path.write_bytes(content)
+        assert steps(scanner.scan(), complete=True) == []
+    assert steps(scanner.scan(), complete=True) == [1]
+
+
+def test_a_profile_is_complete_at_the_first_look(tmp_path: Path):
+    (tmp_path / "profiles").mkdir()
+    profile(step=10).save(tmp_path / "profiles" / "step-00000010.json")
+    (found,) = Scanner(tmp_path).scan()
+    assert (found.kind, found.complete) == ("profile", True)
+
+
+def test_a_checkpoint_that_is_written_again_is_another_one(tmp_path: Path):
+    path, scanner = tmp_path / "step-1.safetensors", Scanner(tmp_path)
+    path.write_bytes(save(tiny_model.weights(1)))
+    scanner.scan()
+    (first,) = scanner.scan()
+    path.unlink()
+    path.write_bytes(save(tiny_model.weights(2)))
+    scanner.scan()
+    (second,) = scanner.scan()
+    assert first.complete
+    assert second.complete
+    assert first.fingerprint != second.fingerprint
+
+
+def test_what_vanishes_is_not_in_the_next_scan(tmp_path: Path):
+    path, scanner = tmp_path / "step-1.safetensors", Scanner(tmp_path)
+    path.write_bytes(save(tiny_model.weights(1)))
+    assert steps(scanner.scan()) == [1]
+    path.unlink()
+    assert scanner.scan() == []
+
+
+def test_an_unchanged_file_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "step-1.safetensors").write_bytes(save(tiny_model.weights(1)))
+    scanner, checks = Scanner(tmp_path), []
+    known = discovery.FORMATS["safetensors"]
+    real = known.check_complete
+    monkeypatch.setattr(known, "check_complete", lambda path: (checks.append(path), real(path)))
+    for _ in range(5):
+        scanner.scan()
+    assert len(checks) == 2
+
+
+def first_complete(tmp_path: Path, write, *, hints: bool, interval: float) -> list[int]:
+    """Start watching, write in another thread, and return what becomes complete first."""
+    stop, wake = threading.Event(), threading.Event()
+    guard = threading.Timer(20, lambda: (stop.set(), wake.set()))
+    guard.start()
+    writer = None
+    try:
+        for sightings in watch(tmp_path, stop=stop, wake=wake, interval=interval, hints=hints):
+            if done := steps(sightings, complete=True):
+                return done
+            if writer is None:
+                writer = threading.Timer(0.2, write)
+                writer.start()
+    finally:
+        guard.cancel()
+    return []
+
+
+def test_polling_alone_finds_a_checkpoint(tmp_path: Path):
+    assert first_complete(tmp_path, lambda: tiny_model.save_folder(tmp_path, 5), hints=False, interval=0.2) == [5]
+
+
+def test_a_file_event_ends_a_long_wait(tmp_path: Path):
+    # With an hour between two scans only the event can bring it within the guard's 20 seconds.
+    assert first_complete(tmp_path, lambda: tiny_model.save_folder(tmp_path, 5), hints=True, interval=3600) == [5]
+
+
+def test_watching_works_where_file_events_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from watchdog.observers import Observer
+
+    def exhausted(self: object, *_: object, **__: object) -> None:
+        raise OSError(28, "inotify watch limit reached")
+
+    monkeypatch.setattr(Observer, "schedule", exhausted)
+    assert first_complete(tmp_path, lambda: tiny_model.save_folder(tmp_path, 5), hints=True, interval=0.2) == [5]
+
+
+def test_stop_ends_the_generator_at_once(tmp_path: Path):
+    stop, wake = threading.Event(), threading.Event()
+    scans = watch(tmp_path, stop=stop, wake=wake, interval=3600)
+    next(scans)
+    threading.Timer(0.1, lambda: (stop.set(), wake.set())).start()
+    assert list(scans) == []

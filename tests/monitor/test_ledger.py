@@ -1,0 +1,172 @@
+"""The ledger on a real SQLite file: what survives a crash, and who may write."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rksp_core.errors import ConfigError
+from rksp_monitor.discovery import Sighting
+from rksp_monitor.ledger import Ledger, filesystem_of, open_ledger
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, clock: Clock) -> Iterator[Ledger]:
+    with open_ledger(tmp_path / "run.sqlite3", "run", clock=clock) as opened:
+        yield opened
+
+
+def sighting(step: int, fingerprint: str = "f", *, complete: bool = True, kind: str = "checkpoint") -> Sighting:
+    return Sighting(Path(f"/run/{kind}-{step}"), "folder", kind, step, fingerprint, complete)
+
+
+def test_an_event_goes_from_seen_to_done(ledger: Ledger):
+    assert ledger.record(sighting(1, "growing", complete=False))
+    assert not ledger.record(sighting(1, "grown", complete=False))
+    assert ledger.counts()["seen"] == 1
+    assert ledger.next_ready() is None
+    assert ledger.record(sighting(1, "final"))
+    assert not ledger.record(sighting(1, "final"))
+    assert (ledger.counts()["seen"], ledger.counts()["ready"]) == (0, 1)
+    event = ledger.next_ready()
+    assert event is not None
+    ledger.claim(event)
+    assert ledger.next_ready() is None
+    ledger.finish(event, {"a": 1}, {"policy": {"level": 2}})
+    assert ledger.counts()["done"] == 1
+    assert ledger.load("policy") == {"level": 2}
+    assert not ledger.record(sighting(1, "final"))
+
+
+def test_the_lowest_step_comes_first_and_a_profile_before_a_checkpoint(ledger: Ledger):
+    for step, kind in ((1000, "profile"), (20, "checkpoint"), (20, "profile"), (999, "checkpoint")):
+        ledger.record(sighting(step, kind=kind))
+    order = []
+    while (event := ledger.next_ready()) is not None:
+        ledger.claim(event)
+        order.append((event.step, event.kind))
+    assert order == [(20, "profile"), (20, "checkpoint"), (999, "checkpoint"), (1000, "profile")]
+
+
+def test_a_retry_waits_for_its_back_off(ledger: Ledger, clock: Clock):
+    ledger.record(sighting(1))
+    event = ledger.next_ready()
+    assert event is not None
+    ledger.claim(event)
+    ledger.retry(event, "damaged", 5.0)
+    assert ledger.next_ready() is None
+    clock.now += 5
+    again = ledger.next_ready()
+    assert again is not None
+    assert (again.attempts, again.error) == (1, "damaged")
+
+
+def test_a_checkpoint_written_again_replaces_one_that_waits(ledger: Ledger):
+    ledger.record(sighting(1, "old"))
+    ledger.record(sighting(1, "new"))
+    assert [(e.fingerprint, e.status) for e in ledger.events()] == [("old", "expired"), ("new", "ready")]
+
+
+def test_a_restart_makes_what_was_in_work_ready_again(tmp_path: Path):
+    path = tmp_path / "run.sqlite3"
+    with open_ledger(path, "run") as ledger:
+        ledger.record(sighting(1))
+        ledger.claim(ledger.next_ready())
+    with open_ledger(path, "run") as ledger:
+        assert ledger.recover() == 1
+        assert ledger.next_ready().attempts == 1
+
+
+def test_an_outcome_and_its_states_are_written_together_or_not_at_all(ledger: Ledger):
+    ledger.record(sighting(1))
+    event = ledger.next_ready()
+    with pytest.raises(TypeError):
+        ledger.finish(event, {}, {"policy": {"level": 1}, "order": {"generation": object()}})
+    assert ledger.load("policy") is None
+    assert ledger.counts()["done"] == 0
+
+
+def test_runs_in_one_file_do_not_mix(tmp_path: Path):
+    database = sqlite3.connect(tmp_path / "x.sqlite3", isolation_level=None)
+    one, two = Ledger(database, "one"), Ledger(database, "two")
+    one.record(sighting(1))
+    assert two.counts()["ready"] == 0
+    assert two.record(sighting(1))
+    database.close()
+
+
+def test_states_can_be_forgotten(ledger: Ledger):
+    ledger.record(sighting(1))
+    ledger.finish(ledger.next_ready(), {}, {"policy": {}, "order": {"generation": 3}})
+    ledger.forget("policy")
+    assert ledger.load("policy") is None
+    assert ledger.load("order") == {"generation": 3}
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from rksp_monitor.ledger import open_ledger
+with open_ledger(Path(sys.argv[1]), "run"):
+    print("open", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_writer_is_refused_by_name_until_the_first_is_killed(tmp_path: Path):
+    path = tmp_path / "run.sqlite3"
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "open\n"
+        with (
+            pytest.raises(ConfigError, match=f"already watched by process {first.pid} on {os.uname().nodename}"),
+            open_ledger(path, "run"),
+        ):
+            pass
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        first.stdout.close()
+    with open_ledger(path, "run") as ledger:
+        assert ledger.record(sighting(1))
+
+
+def test_a_ledger_of_another_version_or_no_ledger_is_refused(tmp_path: Path):
+    path = tmp_path / "run.sqlite3"
+    database = sqlite3.connect(path)
+    database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(ConfigError, match="has version 99"), open_ledger(path, "run"):
+        pass
+    path.write_text("this is no database, and long enough to be read as one" * 100)
+    with pytest.raises(ConfigError, match="cannot be used as a ledger"), open_ledger(path, "run"):
+        pass
+
+
+def test_a_remote_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rksp_monitor.ledger.filesystem_of", lambda _: "nfs4")
+    with pytest.raises(ConfigError, match="is on nfs4"), open_ledger(tmp_path / "run.sqlite3", "run"):
+        pass
+
+
+def test_the_file_system_of_proc_is_known():
+    assert filesystem_of(Path("/proc")) == "proc"
