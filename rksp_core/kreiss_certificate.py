@@ -1,26 +1,29 @@
 """A proven upper bound of the Kreiss constant, to stand beside the value that the search found.
 
-With w = 1/z, F(w) = (I - wA)^-1 and g(r) = max over |w| = r of |F(w)|, the constant is sup over r of (1 - theta r) g(r).
+With w = 1/z, F(w) = (I - wA)^-1 and g(r) = max over |w| = r of |F(w)|, K_theta is the supremum of (1 - theta r) g(r).
 
 1. Towards infinity, with s = |A|: g(r) <= 1 / (1 - r s).
-2. On a circle, from N equispaced samples. Cut the power series after degree n; the rest is (wA)^(n+1) F(w), at most
-   t g(r) with t = r^(n+1) |A^(n+1)|. A polynomial of degree n is at most 1 / cos(pi n / 2N) times its largest sample, by
-   M. Riesz' comparison with a cosine (Ehlich & Zeller 1964). Together
-       g(r) <= (1 + t) / (1 - t) / cos(pi n / 2N) * max over the samples of |F|.
-3. Between circles log g is convex in log r (Hadamard's three circles; g is the maximum of moduli of analytic functions).
-4. |F| at a sample by k Lanczos steps from a random vector b. Let s1 be the true and s the Ritz value of F* F, and
-   s1 > (1 + x) s. Comparing with the polynomial sin((2k-1) phi) / sin(phi) in cos(phi)^2 shows that the component of b along
-   the top eigenvector has |b_1|^2 < sinh((2k-1) asinh sqrt x)^-2. For b uniform on the complex sphere the probability is at
-   most (m-1) times that: so ``_FAILURE`` gives x (a sharper form of Kuczynski & Wozniakowski 1992).
+2. On a circle, from samples. Cut the power series after degree n into P + (wA)^(n+1) F; the rest is at most t g(r),
+   t = r^(n+1) |A^(n+1)|. Where |P| is largest, at the angle p, samples near by are at least cos(n (q - p) / 2) max|P|
+   (M. Riesz' comparison with a cosine; Ehlich & Zeller 1964). So p lies on no arc, of midpoint q and half angle h, with
+   |P(q)| < cos(n h / 2) max|P|, and max|P| <= max of |P(q)| / cos(n h / 2) over arcs that cover the circle. So
+       g(r) <= (1 + t) / (1 - t) * max over the arcs of |F(q)| / cos(n h / 2).
+   Arcs are wide where |F| is small. A is real, so half the circle is enough.
+3. Between circles log g is convex in log r (Hadamard's three circles: |F| is a supremum of |u* F v|).
+4. At a sample, by k Lanczos steps from a random vector b. Let s be the Ritz value of F* F, and suppose that the
+   largest eigenvalue exceeds (1 + x) s. Comparing with the polynomial sin((2k-1) a) / sin(a) in cos(a)^2 shows that
+   the component b1 of b along its eigenvector obeys |b1| < 1 / sinh((2k-1) asinh(sqrt x)). For b uniform on the complex
+   sphere that has probability at most (m-1) / sinh(..)^2, so ``_FAILURE`` gives x (cf. Kuczynski & Wozniakowski 1992).
 
-So the bound holds but for rounding errors and that probability. Points, steps and circles are spent only where a cheaper
-estimate does not stay below the ceiling that is asked for.
+So the bound holds but for rounding errors and that probability. Points, steps and circles are spent only where a
+cheaper estimate does not stay below the ceiling that is asked for.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count
 
 import torch
@@ -30,12 +33,14 @@ from rksp_core.eigensystem import Eigensystem
 from rksp_core.lanczos import Krylov
 from rksp_core.resolvent import Form
 
-_WIDTH = 0.045
+_WIDTH = 0.049
 """The bracket that is aimed at, relative."""
 _FAILURE = 1e-12
 """Probability that the Lanczos bound of one sample fails."""
 _ROUNDING = 1e-8
-_STEPS = (8, 16, 32, 64, 128)
+_INTERPOLATION = 0.015
+_TAIL = 3e-3
+_FIRST_STEPS, _LAST_STEPS = 8, 128
 _CHUNK = 96
 _MOST_CIRCLES = 80
 _MOST_SAMPLES = 8192
@@ -49,12 +54,12 @@ def upper_bound(system: Eigensystem, form: Form, theta: float, value: float) -> 
     system, form
         The operator's eigensystem and the form of its resolvents.
     theta : float
-        Reference radius, at least rho. Where it is closer than about 1 % to rho the series converges too slowly, and only
-        the bound K <= kappa remains (infinite for a defective operator).
+        Reference radius, at least rho. Where it is closer than about 1 % to rho the series converges too slowly, and
+        only the bound K <= kappa remains (infinite for a defective operator).
     value : float
         The largest value found: it says where effort is worth spending and is not used otherwise.
     """
-    certificate = _Certificate(system, form, theta, (1 + _WIDTH) * value)
+    certificate = _Certificate(system, form, theta, (1 + _WIDTH) * max(1.0, value))
     return max(value, min(certificate.bound(), system.eigenvector_condition) * (1 + _ROUNDING))
 
 
@@ -88,62 +93,100 @@ class _Certificate:
     def _circle(self, r: float) -> float:
         """Return an upper bound of log g(r), as tight as the ceiling asks."""
         self.circles += 1
-        # 1.5 % are left for the interpolation between this circle and the next
-        level = 0.985 * self.ceiling / (1 - r) if r < 1 else math.inf
-        best, slack = math.inf, 2.0
-        for _ in range(4):
-            samples, factor = self._plan(r, slack)
-            if samples > _MOST_SAMPLES:
-                break
-            upper, seen = self._sample(r, samples, level / factor)
-            best = min(best, factor * upper)
-            if best <= level or slack <= 1.01:
-                break
-            slack = max(1.01, min(math.sqrt(level / seen), math.sqrt(slack)))
-        return math.log(best)
+        degree, tail = self._degree(r, _TAIL if r < 1 else 0.5)
+        if not math.isfinite(tail):
+            return math.inf
+        # a part of the bracket is left for the interpolation between this circle and the next
+        level = (1 - _INTERPOLATION) * self.ceiling / (1 - r) if r < 1 else math.inf
+        factor = (1 + tail) / (1 - tail)
+        return math.log(factor * self._polynomial_bound(r, degree, level / factor))
 
-    def _plan(self, r: float, slack: float) -> tuple[float, float]:
-        """Return the smallest number of samples N whose factor (1+t)/(1-t)/cos(pi n / 2N) is at most ``slack``."""
-        best = math.inf, math.inf
+    def _degree(self, r: float, most: float) -> tuple[int, float]:
+        """Return the lowest degree n whose t = r^(n+1) |A^(n+1)| is at most ``most``, and t; infinite if none is."""
         for power, norm in self.powers:
-            tail = norm * r**power
-            room = (1 + tail) / (1 - tail) / slack if tail < 1 else math.inf
-            if room < 1:
-                n = power - 1
-                samples = max(n + 1, math.ceil(math.pi * n / (2 * math.acos(room))))
-                best = min(best, (samples, (1 + tail) / (1 - tail) / math.cos(math.pi * n / (2 * samples))))
-                if n + 1 > best[0] or tail < 1e-3 * (slack - 1):
-                    break
-        return best
+            if norm * r**power <= most:
+                return power - 1, norm * r**power
+        return 0, math.inf
 
-    def _sample(self, r: float, samples: float, level: float) -> tuple[float, float]:
-        """Return an upper bound of |F| at equispaced points of the circle, and the largest value seen."""
-        angles = torch.arange(int(samples) // 2 + 1, dtype=torch.float64) * (2 * math.pi / samples)
-        w = torch.polar(torch.full_like(angles, r / self.theta), angles)
-        settled, seen = 0.0, 0.0
-        uppers = torch.empty(0)
-        for steps in _STEPS:
-            values = torch.cat([self._ritz_values(part, steps) for part in w.split(_CHUNK)])
-            uppers = (values * (1 + _excess(self.form.size, steps))).sqrt()
-            seen = max(seen, math.sqrt(float(values.max())))
-            unsettled = uppers > level
-            if not bool(unsettled.any()) or seen > level or steps >= self.form.size:
-                break
-            settled = max(settled, float(torch.where(unsettled, 0.0, uppers).max()))
-            w = w[unsettled]
-        return max(settled, float(uppers.max())), seen
+    def _polynomial_bound(self, r: float, n: int, level: float) -> float:
+        """Bound a polynomial of degree n on |w| = r by samples of F, splitting arcs until all are below ``level``."""
+        number = max(1, math.ceil(0.75 * n))
+        half = math.pi / (2 * number)
+        arcs = _Arcs.of((2 * torch.arange(number, dtype=torch.float64) + 1) * half, half, _FIRST_STEPS)
+        bound, samples = 0.0, 0
+        while arcs:
+            now, arcs, steps = arcs.fewest_steps()
+            sharp = (now.halves * (n / 2)).cos()
+            values = self._samples(torch.polar(torch.full_like(now.angles, r / self.theta), now.angles), steps)
+            uppers = values * math.sqrt(1 + _excess(self.form.size, steps)) / sharp
+            samples += len(values)
+            if float(values.max()) > level or samples > _MOST_SAMPLES:
+                return float(torch.cat([torch.tensor([bound]), uppers, arcs.bounds]).max())
+            bound = max(bound, float(torch.where(uppers <= level, uppers, 0.0).max()))
+            # log(level / value) is shared out: 70 % to the width of the arc, the dearer one to shrink
+            narrow = (sharp >= (values / level) ** 0.7) & (steps < _LAST_STEPS)
+            now.bounds = uppers
+            arcs = arcs.join(now.sharpened(narrow & (uppers > level)), now.split(~narrow & (uppers > level)))
+        return bound
 
-    def _ritz_values(self, w: Tensor, steps: int) -> Tensor:
+    def _samples(self, w: Tensor, steps: int) -> Tensor:
+        """Return the largest singular value of F(w) from below, by Lanczos from random vectors, (k,)."""
+        if len(w) > _CHUNK:
+            return torch.cat([self._samples(part, steps) for part in torch.split(w, _CHUNK)])
         shape = len(w), self.form.size
         b = self.form.coordinates(torch.randn(shape, dtype=torch.complex128, generator=self.generator))
         krylov = Krylov(self.form.resolvents(w), b, min(steps, self.form.size))
         while krylov.extend():
             pass
-        return krylov.ritz_values()
+        return krylov.ritz_values().sqrt()
+
+
+@dataclass
+class _Arcs:
+    """Arcs of one circle: midpoints, half angles, Lanczos steps to take next, and the bounds known so far."""
+
+    angles: Tensor
+    halves: Tensor
+    steps: Tensor
+    bounds: Tensor
+
+    @classmethod
+    def of(cls, angles: Tensor, half: float, steps: int) -> _Arcs:
+        return cls(angles, torch.full_like(angles, half), torch.full_like(angles, steps), torch.zeros_like(angles))
+
+    def __len__(self) -> int:
+        return len(self.angles)
+
+    def fewest_steps(self) -> tuple[_Arcs, _Arcs, int]:
+        fewest = self.steps.min()
+        now = self.steps == fewest
+        return self.take(now), self.take(~now), int(fewest)
+
+    def take(self, mask: Tensor) -> _Arcs:
+        return _Arcs(self.angles[mask], self.halves[mask], self.steps[mask], self.bounds[mask])
+
+    def sharpened(self, mask: Tensor) -> _Arcs:
+        part = self.take(mask)
+        return _Arcs(part.angles, part.halves, 2 * part.steps, part.bounds)
+
+    def split(self, mask: Tensor) -> _Arcs:
+        part = self.take(mask)
+        h = part.halves / 2
+        angles = torch.cat([part.angles - h, part.angles + h])
+        return _Arcs(angles, h.repeat(2), part.steps.repeat(2), part.bounds.repeat(2))
+
+    def join(self, *others: _Arcs) -> _Arcs:
+        parts = (self, *others)
+        return _Arcs(
+            torch.cat([p.angles for p in parts]),
+            torch.cat([p.halves for p in parts]),
+            torch.cat([p.steps for p in parts]),
+            torch.cat([p.bounds for p in parts]),
+        )
 
 
 class _PowerNorms:
-    """Pairs (j, bound of |B^j|_2) for j = 1, 2, 3, 4, 6, 8, 12, ...: two matrix products an octave, made when asked for."""
+    """Pairs (j, bound of |B^j|_2), j = 1, 2, 3, 4, 6, 8, 12, ...: two matrix products an octave, when asked for."""
 
     def __init__(self, operator: Tensor) -> None:
         self._found = [(1, _frobenius(operator))]

@@ -14,8 +14,8 @@ from rksp_core.resolvent import Family, inner
 class Largest:
     """The largest singular value of each F_i, from below, with its right singular vector.
 
-    ``norms`` (k,) float64; ``vectors`` (k, m) complex, of unit length in the family's metric; ``quotients`` (k,) complex,
-    x* F x.
+    ``norms`` (k,) float64; ``vectors`` (k, m) complex, of unit length in the family's metric; ``quotients`` (k,)
+    complex, x* F x.
     """
 
     norms: Tensor
@@ -57,7 +57,7 @@ class Krylov:
     def extend(self) -> bool:
         """Add one vector to each space; False when the capacity is reached."""
         j = self.count
-        scale = torch.where(self._beta > 0, 1 / self._beta, 0.0)[:, None]
+        scale = _reciprocal(self._beta)
         self.vectors[:, j], self.duals[:, j] = (part * scale for part in self._next)
         dual, _ = self.family.gram(self.vectors[:, j])
         self.projection[:, j, j] = inner(self.vectors[:, j], dual).real
@@ -74,19 +74,21 @@ class Krylov:
 
     def ritz_values(self) -> Tensor:
         """Return the largest Ritz value of F* F in each space, (k,)."""
-        return torch.linalg.eigvalsh(self.projection[:, : self.count, : self.count])[:, -1]
+        values: Tensor = torch.linalg.eigvalsh(self.projection[:, : self.count, : self.count])
+        return values[:, -1]
 
     def residuals(self) -> Tensor:
         """Return the relative residual of the largest Ritz pair, (k,)."""
         values, coordinates = torch.linalg.eigh(self.projection[:, : self.count, : self.count])
-        return self._beta * coordinates[:, -1, -1].abs() / values[:, -1]
+        relative: Tensor = self._beta * coordinates[:, -1, -1].abs() / values[:, -1]
+        return relative
 
     def ritz_vectors(self) -> Tensor:
         """Return the Ritz vector of the largest value, (k, m), of unit length."""
         _, coordinates = torch.linalg.eigh(self.projection[:, : self.count, : self.count])
         weights = coordinates[:, None, :, -1].to(torch.complex128)
         x = torch.bmm(weights, self.vectors[:, : self.count])[:, 0]
-        return x / _length(x, self.family.dual(x))[:, None]
+        return x * _reciprocal(_length(x, self.family.dual(x)))
 
     def _orthogonal(self, dual: Tensor, j: int) -> Tensor:
         """Remove the first j directions, twice: once is not enough (Giraud, Langou & Rozloznik 2005)."""
@@ -98,3 +100,8 @@ class Krylov:
 
 def _length(vector: Tensor, dual: Tensor) -> Tensor:
     return inner(dual, vector).real.clamp_min(0.0).sqrt()
+
+
+def _reciprocal(lengths: Tensor) -> Tensor:
+    """1 / length as a column; 0 for a zero vector, which stays one (F = 0, as high powers are)."""
+    return torch.where(lengths > 0, 1 / lengths, 0.0)[:, None]

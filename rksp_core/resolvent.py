@@ -2,11 +2,11 @@
 
 Three forms, by the condition number kappa of the eigenvector basis W (see :func:`form_of`):
 
-* ``gram``: in eigen-coordinates x = W y the operator F is (almost) diagonal and its adjoint is taken in the inner product
-  of H = W^T W. One step for k points is then two real m x m by m x 2k products, with H and with H^-1.
+* ``gram``: in eigen-coordinates x = W y the operator F is (almost) diagonal, and its adjoint is that of the inner
+  product of H = W^T W. One step for k points is then two real m x m by m x 2k products, with H and with H^-1.
 * ``basis``: W and W^-1 apart, four products a step; loses kappa, not kappa^2, units of rounding.
-* ``schur``: A = Q T Q*, shifted triangular solves, for any A. The diagonal blocks are solved per point, everything else is
-  shared by all points as matrix products (the stable way of Trefethen & Embree 2005, Sec. 39, in blocks).
+* ``schur``: A = Q T Q*, shifted triangular solves, for any A (Trefethen & Embree 2005, Sec. 39), in blocks: only the
+  diagonal blocks are solved point by point, the rest is matrix products that all points share.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from rksp_core.eigensystem import Eigensystem
 
-_GRAM_LIMIT = 1e5
-_BASIS_LIMIT = 1e9
+GRAM_LIMIT = 1e5
+BASIS_LIMIT = 1e9
 _BLOCK = 32
 
 
@@ -54,9 +54,9 @@ class Form(Protocol):
 
 def form_of(system: Eigensystem) -> Form:
     """Return the cheapest form that is accurate for this operator."""
-    if system.eigenvector_condition <= _GRAM_LIMIT:
+    if system.eigenvector_condition <= GRAM_LIMIT:
         return EigenForm(system, gram=True)
-    if system.eigenvector_condition <= _BASIS_LIMIT:
+    if system.eigenvector_condition <= BASIS_LIMIT:
         return EigenForm(system, gram=False)
     return SchurForm(system.operator)
 
@@ -214,7 +214,8 @@ class _SchurFamily(_Orthonormal):
 
 def inner(dual: Tensor, x: Tensor) -> Tensor:
     """Row by row sum conj(dual) x: (k, m) and (k, m) -> (k,)."""
-    return torch.linalg.vecdot(dual, x)
+    products: Tensor = torch.linalg.vecdot(dual, x)
+    return products
 
 
 def _real_product(matrix: Tensor, y: Tensor) -> Tensor:
