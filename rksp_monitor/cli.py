@@ -79,6 +79,7 @@ def _say(message: str, *, code: int = 2) -> int:
 def _register() -> None:
     """Attach the commands; their modules import torch only when they run."""
     from rksp_monitor.commands.config import config
+    from rksp_monitor.commands.demo import demo
     from rksp_monitor.commands.doctor import doctor
     from rksp_monitor.commands.preflight import preflight
     from rksp_monitor.commands.probe import probe
@@ -90,6 +91,7 @@ def _register() -> None:
     app.command()(profile)
     app.command()(compare)
     app.command()(doctor)
+    app.command()(demo)
     app.add_typer(probe, name="probe")
     app.add_typer(config, name="config")
 

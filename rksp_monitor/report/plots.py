@@ -33,7 +33,7 @@ def eigenvalue_figure(profile: ModelProfile) -> str:
     values = [np.asarray(layer.eigenvalues or (), dtype=np.complex128) for layer in profile.layers]
     box = _box(np.concatenate(values))
     height = 3.3 * 2 * box[2] / (box[1] - box[0]) + 0.8
-    with _figure(3.6 * len(thirds) + 1.0, min(height, 8.0)) as figure:
+    with new_figure(3.6 * len(thirds) + 1.0, min(height, 8.0)) as figure:
         axes = figure.subplots(1, len(thirds), sharey=True, squeeze=False)[0]
         for axis, part, title in zip(axes, thirds, ("early", "middle", "late"), strict=False):
             points = _scatter(axis, [values[i] for i in part], part)
@@ -44,12 +44,12 @@ def eigenvalue_figure(profile: ModelProfile) -> str:
             _circles(axis, box)
         axes[0].set_ylabel("Im λ")
         figure.colorbar(points, ax=list(axes), label="block", pad=0.01, fraction=0.025)
-        return _svg(figure, "Eigenvalues of each block's operator in the complex plane")
+        return inline_svg(figure, "Eigenvalues of each block's operator in the complex plane")
 
 
 def masses_figure(layers: tuple[LayerProfile, ...]) -> str:
     """Return the four spectral masses of each block as stacked bars."""
-    with _figure(11.8, 3.2) as figure:
+    with new_figure(11.8, 3.2) as figure:
         axis = figure.subplots()
         x, bottom = np.arange(len(layers)), np.zeros(len(layers))
         for name, label, colour in MASSES:
@@ -59,7 +59,7 @@ def masses_figure(layers: tuple[LayerProfile, ...]) -> str:
         axis.set(xlim=(-0.6, len(layers) - 0.4), ylim=(0, 1), xlabel="block", ylabel="share of modes")
         axis.locator_params(axis="x", integer=True)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.17), ncols=4, frameon=False)
-        return _svg(figure, "Spectral masses of each block")
+        return inline_svg(figure, "Spectral masses of each block")
 
 
 def kreiss_figure(layers: tuple[LayerProfile, ...]) -> str:
@@ -72,7 +72,7 @@ def kreiss_figure(layers: tuple[LayerProfile, ...]) -> str:
         ("sigma_max", "largest singular value", "#762a83", "s-"),
         ("spectral_radius", "spectral radius", "#b2182b", "d-"),
     )
-    with _figure(11.8, 3.2) as figure:
+    with new_figure(11.8, 3.2) as figure:
         axis = figure.subplots()
         for name, label, colour, style in lines:
             heights = [np.nan if (value := getattr(layer, name)) is None else value for layer in layers]
@@ -83,7 +83,7 @@ def kreiss_figure(layers: tuple[LayerProfile, ...]) -> str:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.6)))
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.17), ncols=4, frameon=False)
-        return _svg(figure, "Kreiss constant, transient growth, largest singular value and radius of each block")
+        return inline_svg(figure, "Kreiss constant, transient growth, largest singular value and radius of each block")
 
 
 def _scatter(axis: Axes, values: list[Any], blocks: Any) -> Any:
@@ -128,7 +128,7 @@ def _depth_colours() -> Any:
 
 
 @contextlib.contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
+def new_figure(width: float, height: float) -> Iterator[Figure]:
     """Yield a figure of its own: no pyplot, so no global state and no display."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -146,7 +146,7 @@ def _figure(width: float, height: float) -> Iterator[Figure]:
         yield Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 
-def _svg(figure: Figure, description: str) -> str:
+def inline_svg(figure: Figure, description: str) -> str:
     """Return the drawing without XML prologue, scaled to the page, with a description for those who do not see it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})

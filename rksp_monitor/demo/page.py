@@ -1,0 +1,149 @@
+"""The page at the end of the demo: what happened in both arms, in figures and in one honest sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from rksp_core.drift import features
+from rksp_core.policy import LEVELS
+from rksp_core.profile import ModelProfile
+from rksp_monitor.demo.arm import Arm
+from rksp_monitor.report.plots import inline_svg, new_figure
+
+COLOURS = ("#b2182b", "#1b7837")
+
+
+@dataclass(frozen=True)
+class Story:
+    """What one arm did, as plain numbers."""
+
+    name: str
+    status: str
+    steps: int
+    horizon: int
+    diverged_at: int | None
+    alarm_at: int | None
+    ordered_at: int | None
+    applied_at: int | None
+    orders: int
+    kss_weight: float
+    loss: float | None
+    accuracy: float
+    step_milliseconds: float
+
+
+def tell(arm: Arm) -> Story:
+    """Read an arm's files and samples."""
+    result, steps = arm.result(), arm.steps()
+    alarms = [s.judged_step for s in arm.samples if (s.risk or 0) >= LEVELS.index("high") and s.judged_step is not None]
+    # The step that was being made when the order was first seen, and the first step that ran with it.
+    orders = [s.step for s in arm.samples if (s.desired or 0) > 0 and s.step is not None]
+    applied = [line["step"] for line in steps if line["kss_weight"] > 0]
+    return Story(
+        name=arm.name,
+        status=result["status"],
+        steps=len(steps),
+        horizon=result["horizon"],
+        diverged_at=result["diverged_at"]["rksp"],
+        alarm_at=int(alarms[0]) if alarms else None,
+        ordered_at=orders[0] if orders and arm.enforce else None,
+        applied_at=applied[0] if applied else None,
+        orders=int(arm.samples[-1].desired_generation or 0) if arm.enforce and arm.samples else 0,
+        kss_weight=max((line["kss_weight"] for line in steps), default=0.0),
+        loss=result["loss"],
+        accuracy=result["accuracy"],
+        step_milliseconds=1000 * result["seconds"] / max(len(steps), 1),
+    )
+
+
+def verdict(alone: Story, looped: Story) -> str:
+    """Say in one sentence what this pair of runs shows, and no more."""
+    if looped.applied_at is None:
+        if alone.diverged_at is None:
+            return "Neither run diverged and no order was given: this seed shows the watcher at rest."
+        return f"The run diverged at step {alone.diverged_at} and the loop did nothing: no order came before that."
+    when = f"KSS was switched on at step {looped.applied_at}"
+    if alone.diverged_at is None and looped.diverged_at is None:
+        return f"{when}, but the run without it did not diverge either: a false alarm, on this seed."
+    if alone.diverged_at is None:
+        return (
+            f"{when}, and the run diverged at step {looped.diverged_at}, while the one without it did not: it harmed."
+        )
+    if looped.diverged_at is None:
+        return (
+            f"{when}; that run reached its horizon of {looped.horizon} steps, and the one without it diverged at step "
+            f"{alone.diverged_at}: saved, on this seed and up to this horizon."
+        )
+    gained = looped.diverged_at - alone.diverged_at
+    change = f"{abs(gained)} steps {'later' if gained > 0 else 'earlier'}" if gained else "at the same step"
+    return f"{when}; that run diverged all the same, at step {looped.diverged_at}, {change} than the one without it."
+
+
+def write_page(arms: Sequence[Arm], settings: dict[str, Any]) -> str:
+    """Return the page as one self-contained HTML document. ``arms``: without the loop, with it."""
+    stories = [tell(arm) for arm in arms]
+    environment = Environment(
+        loader=PackageLoader("rksp_monitor.demo", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("demo.html.j2").render(
+        verdict=verdict(stories[0], stories[1]),
+        stories=[dataclasses.asdict(story) for story in stories],
+        # Our own drawings, made of numbers.
+        figures=[Markup(_figure(arms, stories))],  # noqa: S704
+        settings=settings,
+    )
+
+
+def _figure(arms: Sequence[Arm], stories: Sequence[Story]) -> str:
+    profiles = [_profiles(arm) for arm in arms]
+    logs = [arm.steps() for arm in arms]
+    with new_figure(11.8, 8.4) as figure:
+        axes = figure.subplots(3, 2, sharex=True)
+        for index, (arm, story) in enumerate(zip(arms, stories, strict=True)):
+            style: dict[str, Any] = {"color": COLOURS[index], "label": arm.name, "linewidth": 1.3}
+            steps = [line["step"] for line in logs[index]]
+            axes[0, 0].plot(steps, _known(line["loss"] for line in logs[index]), **style)
+            axes[0, 1].plot(steps, _known(line["gradient_norm"] for line in logs[index]), **style)
+            at = [profile.step for profile in profiles[index]]
+            numbers = [features(profile) for profile in profiles[index]]
+            axes[1, 0].plot(at, _known(one.get("near_unit_mass_min") for one in numbers), **style)
+            axes[1, 1].plot(at, _known(one.get("log_kreiss_mean") for one in numbers), **style)
+            judged = [s for s in arm.samples if s.judged_step is not None and s.risk is not None]
+            axes[2, 0].step([s.judged_step for s in judged], [s.risk for s in judged], where="post", **style)
+            axes[2, 1].step(steps, [line["kss_weight"] for line in logs[index]], where="post", **style)
+            for axis in axes.flat:
+                if story.diverged_at is not None:
+                    axis.axvline(story.diverged_at, color=COLOURS[index], linewidth=0.9, linestyle=":")
+                if story.applied_at is not None:
+                    axis.axvline(story.applied_at, color="#2166ac", linewidth=0.9, linestyle="--")
+        titles = (
+            "task loss",
+            "gradient norm before clipping",
+            "near-unit mass, smallest over layers",
+            "log of the mean Kreiss constant",
+            "risk level of the watcher",
+            "KSS weight that the trainer applied",
+        )
+        for axis, title in zip(axes.flat, titles, strict=True):
+            axis.set_title(title)
+        axes[0, 0].set_yscale("log")
+        axes[0, 1].set_yscale("log")
+        axes[2, 0].set_yticks(range(len(LEVELS)), LEVELS)
+        for axis in axes[2]:
+            axis.set_xlabel("step")
+        axes[0, 0].legend(frameon=False)
+        return inline_svg(figure, "Both runs of the demo, step by step")
+
+
+def _profiles(arm: Arm) -> list[ModelProfile]:
+    return [ModelProfile.load(path) for path in sorted(arm.folder.glob("profiles/step-*.json"))]
+
+
+def _known(values: Any) -> list[float]:
+    return [float("nan") if value is None else value for value in values]
