@@ -157,21 +157,23 @@ class Daemon:
         if event.kind == "checkpoint" and self._replayer is None:
             self._close(event, "skipped", "there is no model to load it into; give --model")
             return False
-        self._ledger.claim(event)
-        event = dataclasses.replace(event, attempts=event.attempts + 1)
+        before, event = event, dataclasses.replace(event, attempts=event.attempts + 1)
+        self._ledger.claim(before)
         try:
             self._judge(event, self._profile(event))
         except Abandoned:
-            self._ledger.release(dataclasses.replace(event, attempts=event.attempts - 1))
-            return False
+            self._ledger.release(before)
         except ExpiredCheckpoint as error:
             self._close(event, "expired", str(error))
         except CheckpointError as error:
             self._fail(event, str(error))
         except ProfileError as error:
             self._close(event, "skipped", str(error))
-        except (RkspError, sqlite3.Error):
-            raise  # nothing can be judged at all: the model cannot be built, or the ledger cannot be written
+        except RkspError:  # no checkpoint can be judged at all: the model cannot be built, say
+            self._ledger.release(before)
+            raise
+        except sqlite3.Error:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a document made us do, the next one may be good
             self._log.exception("unexpected", step=event.step, path=str(event.path))
             self._fail(event, f"{event.path.name} cannot be judged ({type(error).__name__}: {error})")

@@ -1,0 +1,306 @@
+"""The daemon's decisions about events, in one process with a fake worker and a clock that the test moves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from rksp_core import ProfileWriter
+from rksp_core.control import ControlListener, ControlWriter
+from rksp_core.errors import CheckpointError, CorruptCheckpoint, ExpiredCheckpoint, ModelError
+from rksp_core.profile import ModelProfile
+from rksp_monitor.config import WatchSettings
+from rksp_monitor.daemon import Abandoned, Daemon, Outcome
+from rksp_monitor.ledger import open_ledger
+from rksp_monitor.metrics import Board
+from tests.core.profiles import profile
+from tests.monitor import tiny_model
+
+ALARM = {"near_unit_mass": 0.6, "henrici_departure": 0.5}
+
+
+class FakeReplayer:
+    """Answers from a script: by step, a profile or an error (one of a list for each attempt)."""
+
+    restarts = 0
+
+    def __init__(self, script: dict[int, Any]) -> None:
+        self.script, self.seen = script, []
+
+    def replay(self, path: Path, *, tick: Callable[[], None]) -> ModelProfile:
+        tick()
+        step = int(path.name[5:])
+        self.seen.append(step)
+        answer = self.script.get(step, profile())
+        if isinstance(answer, list):
+            answer = answer.pop(0)
+        if isinstance(answer, type | Exception):
+            raise answer
+        return answer
+
+
+class Bench:
+    """A run folder, and daemons on it, one after another, as after restarts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.now = folder, 1_700_000_000.0
+        self.writer = ProfileWriter(folder, every=10)
+        self.logs: list[dict[str, Any]] = []
+        self.control = ControlWriter(folder / "control", clock=lambda: self.now)
+
+    def run(self, replayer: FakeReplayer | None = None, *, until_step: int | None = None, **settings: Any) -> Outcome:
+        stop = threading.Event()
+        chosen = WatchSettings(**{"poll_interval": 0.05, "hints": False} | settings)
+        self.board = Board({})
+        self.board.add_run("run", {})
+        with structlog.testing.capture_logs() as logs, self.ledger() as ledger:
+            daemon = Daemon(
+                self.folder,
+                "run",
+                chosen,
+                ledger=ledger,
+                board=self.board,
+                log=structlog.get_logger(),
+                replayer=replayer,
+                control=self.control,
+                stop=stop,
+                wake=threading.Event(),
+                clock=self.clock,
+            )
+            try:
+                outcome = daemon.run(once=True, until_step=until_step)
+            finally:
+                self.logs += logs
+        return outcome
+
+    def clock(self) -> float:
+        # Moves by itself, so that a back-off ends.
+        self.now += 0.01
+        return self.now
+
+    def ledger(self) -> contextlib.AbstractContextManager[Any]:
+        return open_ledger(self.folder / ".rksp" / "run.sqlite3", "run", clock=self.clock)
+
+    def statuses(self) -> dict[int, str]:
+        with self.ledger() as ledger:
+            return {event.step: event.status for event in ledger.events()}
+
+    def counter(self, name: str) -> float:
+        families = {family.name: family for family in self.board.families()}
+        return families[f"rksp_checkpoints_{name}"].samples[0].value
+
+    def gauge(self, name: str) -> float | None:
+        families = {family.name: family for family in self.board.families()}
+        return families[name].samples[0].value if families[name].samples else None
+
+    def healthy(self, until: int, since: int = 10) -> None:
+        for step in range(since, until + 1, 10):
+            self.writer.write(profile(), step, loss=2.0, gradient_norm=1.0)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def desired(bench: Bench) -> dict[str, Any]:
+    return json.loads((bench.folder / "control" / "desired.json").read_text())
+
+
+def test_a_healthy_run_is_judged_and_nothing_is_ordered(bench: Bench):
+    bench.healthy(100)
+    assert bench.run(enforce=True) == Outcome(10, 0, "once")
+    assert not (bench.folder / "control").exists()
+    assert bench.gauge("rksp_checkpoint_last_processed_step") == 100
+    assert bench.gauge("rksp_control_desired_generation") == 0
+    assert bench.counter("processed") == 10
+
+
+def test_observing_decides_and_writes_nothing(bench: Bench):
+    bench.healthy(100)
+    bench.writer.write(profile(**ALARM), 110)
+    assert bench.run().level == 2
+    assert not (bench.folder / "control").exists()
+    assert bench.gauge("rksp_risk_level") == 2
+    assert bench.gauge("rksp_kss_desired_weight") == 0.15
+    assert [log["kss"]["alpha"] for log in bench.logs if log["event"] == "would order"] == [0.15]
+
+
+def test_enforcing_orders_once_and_reads_the_answer(bench: Bench):
+    bench.healthy(100)
+    bench.writer.write(profile(**ALARM), 110)
+    bench.run(enforce=True)
+    order = desired(bench)
+    assert (order["generation"], order["kss"]["alpha"]) == (1, 0.15)
+    assert order["reason"]["metric"] == "near_unit_mass_min"
+    assert order["reason"]["checkpoint_step"] == 110
+    trainer = ControlListener(bench.folder / "control", "run", clock=lambda: bench.now)
+    trainer.acknowledge(trainer.poll(111), 111)
+    bench.run(enforce=True)
+    assert bench.gauge("rksp_control_applied_generation") == 1
+    assert bench.gauge("rksp_kss_applied_weight") == 0.15
+    assert desired(bench) == order
+
+
+def test_a_restart_keeps_baseline_average_level_and_generation(bench: Bench):
+    bench.healthy(50)
+    bench.run(enforce=True)
+    bench.healthy(100, since=60)
+    bench.writer.write(profile(**ALARM), 110)
+    assert bench.run(enforce=True) == Outcome(6, 2, "once")
+    assert desired(bench)["generation"] == 1
+    bench.now += 86400 * 0.6  # past half of the order's life: the next event renews it
+    bench.writer.write(profile(**ALARM), 120)
+    bench.run(enforce=True)
+    assert desired(bench)["generation"] == 2
+    with bench.ledger() as ledger:
+        assert ledger.load("drift/profile")["baseline_step"] == 10
+
+
+def test_an_order_that_a_crash_kept_from_the_trainer_is_delivered_with_its_generation(bench: Bench):
+    bench.healthy(100)
+    bench.writer.write(profile(**ALARM), 110)
+    bench.run(enforce=True)
+    order = desired(bench)
+    (bench.folder / "control" / "desired.json").unlink()
+    bench.run(enforce=True)
+    assert desired(bench) == order
+
+
+def test_going_from_observing_to_enforcing_orders_what_holds(bench: Bench):
+    bench.healthy(100)
+    bench.writer.write(profile(**ALARM), 110)
+    bench.run()
+    bench.writer.write(profile(**ALARM), 120)
+    bench.run(enforce=True)
+    assert desired(bench)["kss"]["alpha"] == 0.15
+
+
+def test_an_unwritable_control_folder_stops_nothing_and_is_tried_again(bench: Bench):
+    bench.healthy(100)
+    bench.writer.write(profile(**ALARM), 110)
+    (bench.folder / "control").write_text("in the way")
+    bench.run(enforce=True)
+    assert [log["event"] for log in bench.logs if log["log_level"] == "error"]
+    (bench.folder / "control").unlink()
+    bench.run(enforce=True)
+    assert desired(bench)["generation"] == 1
+
+
+def test_a_bad_checkpoint_is_tried_a_few_times_and_the_others_are_judged(bench: Bench):
+    for step in (100, 200, 300):
+        tiny_model.save_folder(bench.folder, step)
+    replayer = FakeReplayer({200: CorruptCheckpoint("bad")})
+    assert bench.run(replayer, replay={"attempts": 3, "retry_delay": 0.05}).judged == 2
+    assert bench.statuses() == {100: "done", 200: "failed", 300: "done"}
+    assert replayer.seen.count(200) == 3
+    assert (bench.counter("failed"), bench.counter("processed")) == (1, 2)
+
+
+def test_a_passing_failure_is_retried_and_judged(bench: Bench):
+    tiny_model.save_folder(bench.folder, 100)
+    replayer = FakeReplayer({100: [CheckpointError("crash"), profile()]})
+    assert bench.run(replayer, replay={"retry_delay": 0.05}).judged == 1
+    assert bench.statuses() == {100: "done"}
+
+
+def test_what_vanishes_is_expired_and_no_failure(bench: Bench):
+    tiny_model.save_folder(bench.folder, 100)
+    bench.run(FakeReplayer({100: ExpiredCheckpoint("gone")}))
+    assert bench.statuses() == {100: "expired"}
+    assert (bench.counter("expired"), bench.counter("failed")) == (1, 0)
+
+
+def test_without_a_model_checkpoints_are_skipped_and_profiles_judged(bench: Bench):
+    tiny_model.save_folder(bench.folder, 100)
+    bench.healthy(20)
+    assert bench.run(None).judged == 2
+    assert bench.statuses()[100] == "skipped"
+
+
+def test_a_profile_on_another_probe_is_refused_with_the_reason(bench: Bench):
+    bench.healthy(20)
+    bench.writer.write(profile(probe="other"), 30)
+    bench.writer.write(profile(), 40)
+    bench.run()
+    assert bench.statuses() == {10: "done", 20: "done", 30: "skipped", 40: "done"}
+    assert next(log for log in bench.logs if log["event"] == "skipped")["problem"].startswith("the profile of step 30")
+
+
+def test_profiles_and_checkpoints_have_baselines_of_their_own(bench: Bench):
+    bench.healthy(20)
+    tiny_model.save_folder(bench.folder, 15)
+    bench.run(FakeReplayer({15: profile(probe="theirs")}))
+    assert set(bench.statuses().values()) == {"done"}
+    with bench.ledger() as ledger:
+        assert ledger.load("drift/checkpoint")["identity"] != ledger.load("drift/profile")["identity"]
+
+
+def test_a_step_that_comes_late_is_kept_and_moves_nothing(bench: Bench):
+    bench.healthy(100)
+    bench.run()
+    bench.writer.write(profile(**ALARM), 95)
+    assert bench.run() == Outcome(1, 0, "once")
+    assert bench.statuses()[95] == "done"
+    assert bench.gauge("rksp_checkpoint_last_processed_step") is None
+
+
+def test_a_document_that_makes_us_stumble_fails_alone(bench: Bench):
+    bench.healthy(20)
+    path = bench.folder / "profiles" / "step-00000015.json"
+    document = profile().to_dict()
+    document["layers"][0]["near_unit_mass"] = "much"
+    path.write_text(json.dumps(document))
+    bench.run(replay={"retry_delay": 0.05})
+    assert bench.statuses() == {10: "done", 15: "failed", 20: "done"}
+
+
+def test_until_step_ends_the_watch(bench: Bench):
+    bench.healthy(100)
+    assert bench.run(until_step=50) == Outcome(5, 0, "until_step")
+
+
+def test_a_stop_during_a_replay_gives_the_event_back(bench: Bench):
+    tiny_model.save_folder(bench.folder, 100)
+    replayer = FakeReplayer({100: [Abandoned, profile()]})
+    bench.run(replayer)
+    with bench.ledger() as ledger:
+        (event,) = ledger.events()
+    assert (event.status, event.attempts) == ("done", 1)
+
+
+def test_a_model_that_cannot_be_built_ends_the_watch_and_costs_no_attempt(bench: Bench):
+    tiny_model.save_folder(bench.folder, 100)
+    with pytest.raises(ModelError):
+        bench.run(FakeReplayer({100: ModelError("no module")}))
+    with bench.ledger() as ledger:
+        (event,) = ledger.events()
+    assert (event.status, event.attempts) == ("ready", 0)
+
+
+def test_an_unfinished_file_is_no_failure_until_its_time_is_over(bench: Bench):
+    folder = tiny_model.save_folder(bench.folder, 100)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert bench.run(FakeReplayer({})).judged == 0
+    assert bench.statuses() == {100: "seen"}
+    bench.now += 3601
+    bench.run(FakeReplayer({}))
+    assert bench.statuses() == {100: "failed"}
+
+
+def test_a_profile_is_stored_without_its_eigenvalues(bench: Bench):
+    bench.healthy(10)
+    bench.run()
+    database = sqlite3.connect(bench.folder / ".rksp" / "run.sqlite3")
+    (text,) = database.execute("SELECT profile FROM events").fetchone()
+    database.close()
+    assert json.loads(text)["schema"] == "rksp.profile/1"
