@@ -16,6 +16,8 @@ from torch import Tensor
 
 from rksp_core import ControlListener, KSSRegularizer, KSSSettings, ProfileWriter, profile_model
 from rksp_core.atomic import write_atomic
+from rksp_core.control import Desired
+from rksp_core.errors import ConfigError
 from training.checkpoint import keep_newest, save_checkpoint
 from training.config import Config
 from training.ranks import Ranks
@@ -130,23 +132,30 @@ class Checkpoints:
 
 
 class Control:
-    """Obeys the orders of a monitor: rank 0 reads, all processes apply at the same boundary, rank 0 acknowledges."""
+    """Obeys the orders of a monitor: rank 0 reads, all processes apply at the same boundary, rank 0 acknowledges.
+
+    An answer that cannot be written is said, and never stops the run; only a folder that cannot be made is an error.
+    """
 
     def __init__(self, config: Config, ranks: Ranks, regularizer: KSSRegularizer, say: Say) -> None:
         self._ranks, self._every, self._regularizer, self._say = ranks, config.control.every, regularizer, say
         self._listener = None
         if ranks.first:
-            config.control_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._listener = ControlListener(config.control_folder, config.run_id)
+            folder = config.control_folder
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot make the control folder {folder} ({error.strerror}); change control.folder"
+                ) from error
+            self._listener = ControlListener(folder, config.run_id)
 
     def obey(self, step: int, *, stop: bool) -> bool:
         """Apply an order that has come since the last boundary; return whether rank 0 wants to stop.
 
         ``step`` counts the updates made so far. Where there are several processes, this costs one broadcast.
         """
-        desired = None
-        if self._listener is not None and step % self._every == 0:
-            desired = self._listener.poll(step)
+        desired = self._poll(step) if step % self._every == 0 else None
         if self._ranks.size == 1 and desired is None:
             return stop
         kss = desired.kss if desired is not None else KSSSettings()
@@ -155,7 +164,21 @@ class Control:
         )
         if changed:
             self._regularizer.configure(KSSSettings(alpha, int(interval), layer_fraction, gamma))
-        if self._listener is not None and desired is not None:
-            self._listener.acknowledge(desired, step)
-            self._say(f"step {step:6d}  order {desired.generation}: KSS weight {kss.alpha:g}")
+        if desired is not None:
+            self._acknowledge(desired, step)
         return bool(agreed_stop)
+
+    def _poll(self, step: int) -> Desired | None:
+        try:
+            return None if self._listener is None else self._listener.poll(step)
+        except OSError as error:
+            self._say(f"step {step:6d}  an order was refused, and the answer cannot be written: {error}")
+            return None
+
+    def _acknowledge(self, desired: Desired, step: int) -> None:
+        self._say(f"step {step:6d}  order {desired.generation}: KSS weight {desired.kss.alpha:g}")
+        try:
+            if self._listener is not None:
+                self._listener.acknowledge(desired, step)
+        except OSError as error:
+            self._say(f"step {step:6d}  the answer cannot be written: {error}")

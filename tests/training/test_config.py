@@ -82,6 +82,14 @@ def test_an_output_that_cannot_be_written(tmp_path, capsys):
     assert "cannot write to the run folder" in capsys.readouterr().err
 
 
+def test_a_control_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    changes = [f"output={tmp_path / 'run'}", f"control.folder={tmp_path / 'file' / 'control'}"]
+    arguments = [part for change in changes for part in ("--set", change)]
+    assert main([str(CONFIGS / "recall_small.yaml"), *arguments]) == 2
+    assert "cannot make the control folder" in capsys.readouterr().err
+
+
 def test_changes_and_defaults(tmp_path):
     path = tmp_path / "my_run.yaml"
     path.write_text(yaml.safe_dump({key: GOOD[key] for key in ("model", "task")}))

@@ -103,6 +103,32 @@ def test_an_order_is_obeyed_again_after_a_resume(configure):
     assert weights == [0.2] * 20
 
 
+def test_a_run_can_be_prepared_and_begun_later(configure):
+    whole, begun = (configure(name, profile={"every": 10, "samples": 64}) for name in ("whole", "begun"))
+    train(whole, ALONE)
+    assert train(begun, ALONE, until=0)["step"] == 0
+    assert [path.name for path in (Path(begun.output) / "profiles").iterdir()] == ["step-00000000.json"]
+    train(begun, ALONE, resume=True)
+    assert_bitwise_equal(final(whole), final(begun))
+
+
+def test_an_answer_that_cannot_be_written_does_not_stop_the_run(configure):
+    config = configure()
+    (config.control_folder / "applied.json").mkdir(parents=True)
+    ControlWriter(config.control_folder).issue("small", KSSSettings(alpha=0.2), Reason())
+    said = []
+    assert train(config, ALONE, say=said.append)["status"] == "finished"
+    assert any("the answer cannot be written" in line for line in said)
+    assert json.loads(final(config)[2][0])["kss_weight"] == 0.2
+
+
+def test_a_profile_that_fails_does_not_stop_the_run(configure):
+    config = configure(profile={"every": 10, "samples": 1})  # one sample has no variance
+    said = []
+    assert train(config, ALONE, say=said.append)["status"] == "finished"
+    assert said[0].startswith("no profile at step 0")
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(configure):
     train(configure(), ALONE, until=1)
     with pytest.raises(ConfigError, match="already holds a run; pass --resume"):
