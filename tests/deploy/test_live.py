@@ -1,8 +1,8 @@
 """The dashboard and the alerts on live data: a real Prometheus scrapes a real ``rksp watch`` of a run folder.
 
 The reference trainer starts the run, so that there is a checkpoint to replay. Then come profile files: quiet ones, and
-one with the signature that the shipped rules call high risk, which the watcher answers by an order and the trainer's end
-of the control folder acknowledges.
+one with the signature that the shipped rules call high risk, which the watcher answers by an order and the trainer's
+end of the control folder acknowledges.
 """
 
 from __future__ import annotations
