@@ -9,7 +9,6 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rksp_core.errors import MemoryLimitError, NotFiniteError
 from rksp_core.profile import LayerProfile, ModelProfile
 from rksp_core.risk import RATE_FACTOR, Decision, decide, standard_learning_rate
+from rksp_monitor.layer_threads import layer_threads
 from rksp_monitor.probe import Probe, check_probe, model_input
 
 if TYPE_CHECKING:
@@ -95,7 +95,6 @@ def preflight(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> PreflightReport:
     """Profile the model on the probe and decide.
@@ -121,17 +120,18 @@ def preflight(
         batch = model_input(probe, module, device, dtype)
 
         def profile_again(changed: nn.Module, report: Progress | None = None) -> ModelProfile:
-            return profile_model(
-                changed,
-                batch,
-                blocks=settings.blocks,
-                samples=settings.samples,
-                seed=settings.seed,
-                micro_batch=settings.micro_batch,
-                executor=executor,
-                progress=report,
-                probe=probe.to_dict(),
-            )
+            with layer_threads() as executor:
+                return profile_model(
+                    changed,
+                    batch,
+                    blocks=settings.blocks,
+                    samples=settings.samples,
+                    seed=settings.seed,
+                    micro_batch=settings.micro_batch,
+                    executor=executor,
+                    progress=report,
+                    probe=probe.to_dict(),
+                )
 
         profile = profile_again(module, progress)
         _require_finite(profile.layers)
@@ -177,7 +177,8 @@ def memory_limit(device: torch.device | str) -> Iterator[None]:
             raise
         raise MemoryLimitError(
             f"out of memory on {device}; lower --micro-batch (sequences in one forward pass), then --samples, use "
-            "--dtype bfloat16, or leave out --lr (the look-ahead holds a copy of the model and its optimizer)"
+            "--dtype bfloat16, leave out --lr (the look-ahead holds a copy of the model and its optimizer), or set "
+            "OMP_NUM_THREADS=1 (one layer at a time)"
         ) from error
 
 

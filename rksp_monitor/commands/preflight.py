@@ -6,7 +6,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 FailOn = Literal["monitor", "use_kss"]
 OnInconclusive = Literal["report", "pass", "fail"]
-
-PARALLEL_WIDTH = 256  # narrower layers take less time than starting a second process
 
 
 def preflight(
@@ -96,8 +93,8 @@ def preflight(
         steps=look_ahead_steps,
         loss=None if loss is None else _loss(loss),
     )
-    with layer_executor(loaded) as executor, progress_bar() as progress:
-        report = look(loaded, batch, settings, device=place, dtype=precision, executor=executor, progress=progress)
+    with progress_bar() as progress:
+        report = look(loaded, batch, settings, device=place, dtype=precision, progress=progress)
     _emit(report, form, output_file)
     return exit_code(report.decision, fail_on, on_inconclusive, exit_zero=exit_zero)
 
@@ -165,12 +162,6 @@ def progress_bar() -> Iterator[Progress | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("forward pass", total=None)
         yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
-
-
-@contextlib.contextmanager
-def layer_executor(model: LoadedModel) -> Iterator[Executor | None]:
-    """Yield what spreads the layers over the cores; None where that would not be faster."""
-    yield None
 
 
 def _loss(reference: str) -> Callable[[Any, Any], Any]:
