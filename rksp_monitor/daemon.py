@@ -143,13 +143,20 @@ class Daemon:
     # -- work
 
     def _work(self, until_step: int | None) -> bool:
-        """Process what is ready, lowest step first; return whether ``until_step`` was judged."""
+        """Process what is ready, lowest step first; return whether ``until_step`` was judged.
+
+        A replay takes long enough for others to appear or vanish, so the next scan comes right after it.
+        """
         while not self._stop.is_set() and (event := self._ledger.next_ready()) is not None:
             self._tick()
             done = self._process(event)
             self._board.set(self._run, "rksp_checkpoint_backlog", self._ledger.counts()["ready"])
             if done and until_step is not None and event.step >= until_step:
                 return True
+            if event.kind == "checkpoint":
+                if self._ledger.next_ready() is not None:
+                    self._wake.set()
+                break
         return False
 
     def _process(self, event: Event) -> bool:

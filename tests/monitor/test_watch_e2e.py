@@ -1,0 +1,276 @@
+"""``rksp watch`` as a real process on a real folder, seen from outside: files, HTTP, signals, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save
+
+from rksp_core import ProfileWriter
+from rksp_core.control import ControlListener
+from tests.core.profiles import profile
+from tests.monitor import tiny_model
+
+ROOT = Path(__file__).parents[2]
+MODEL = ("--model", "tests.monitor.tiny_model:build_scripted")
+ALARM = {"near_unit_mass": 0.6, "henrici_departure": 0.5}
+SETTINGS = {
+    "RKSP_REPLAY__RETRY_DELAY": "0.1",
+    "RKSP_REPLAY__SAMPLES": "256",
+    "RKSP_REPLAY__SEQUENCES": "8",
+    "RKSP_POLL_INTERVAL": "0.2",
+}
+
+
+def until(what: Callable[[], object], seconds: float = 60) -> None:
+    """Wait for something to become true; the limit only ends a test that would fail anyway."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError, ValueError, KeyError, sqlite3.Error):
+            if what():
+                return
+        time.sleep(0.05)
+    raise AssertionError("it did not happen in time")
+
+
+class Watcher:
+    """One process of ``rksp watch``."""
+
+    def __init__(self, run: Path, *flags: str, **env: str) -> None:
+        self.run, self.port_file = run, run.parent / "port"
+        self.port_file.unlink(missing_ok=True)
+        self.log = (run.parent / "log").open("ab")
+        fixed = ("--listen", "127.0.0.1:0", "--port-file", str(self.port_file))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "rksp_monitor", "watch", str(run), *fixed, *flags],
+            stderr=self.log,
+            cwd=ROOT,
+            env=os.environ | SETTINGS | {"OMP_NUM_THREADS": "1"} | env,
+        )
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://{self.port_file.read_text().strip()}{path}", timeout=10) as response:
+            return response.read().decode()
+
+    def metric(self, name: str) -> float:
+        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(name + "{")]
+        return float(lines[0].rpartition(" ")[2]) if lines else float("nan")
+
+    def logged(self, event: str) -> list[dict]:
+        lines = (self.run.parent / "log").read_text().splitlines()
+        return [line for text in lines if (line := json.loads(text))["event"] == event]
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(60)
+        self.log.close()
+        return code
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def start(run: Path) -> Iterator[Callable[..., Watcher]]:
+    started: list[Watcher] = []
+
+    def make(*flags: str, **env: str) -> Watcher:
+        started.append(Watcher(run, *flags, **env))
+        return started[-1]
+
+    yield make
+    for watcher in started:
+        if watcher.process.poll() is None:
+            watcher.process.kill()
+            watcher.process.wait()
+        watcher.log.close()
+
+
+def healthy(run: Path, steps: range) -> None:
+    writer = ProfileWriter(run, every=10)
+    for step in steps:
+        writer.write(profile(), step, loss=2.0, gradient_norm=1.0)
+
+
+def rows(run: Path) -> dict[int, tuple[str, int]]:
+    """Return {step: (status, attempts)} of the ledger."""
+    address = f"file:{run / '.rksp' / 'run.sqlite3'}?mode=ro"
+    with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
+        return {step: tuple(rest) for step, *rest in database.execute("SELECT step, status, attempts FROM events")}
+
+
+def once(run: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rksp_monitor", "watch", str(run), "--once", *flags]
+    return subprocess.run(
+        command, env=os.environ | SETTINGS, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_from_profiles_to_an_order_and_its_acknowledgement(run: Path, start):
+    watcher = start("--enforce")
+    until(lambda: watcher.get("/readyz"))
+    assert watcher.get("/healthz") == "ok\n"
+    healthy(run, range(10, 110, 10))
+    until(lambda: watcher.metric("rksp_checkpoint_last_processed_step") == 100)
+    assert watcher.metric("rksp_risk_level") == 0
+    assert not (run / "control").exists()
+    ProfileWriter(run, every=10).write(profile(**ALARM), 110)
+    until(lambda: watcher.metric("rksp_risk_level") == 2)
+    trainer = ControlListener(run / "control", "run")
+    order = trainer.poll(111)
+    assert order is not None
+    assert (order.generation, order.kss.alpha) == (1, 0.15)
+    trainer.acknowledge(order, 111)
+    until(lambda: watcher.metric("rksp_control_applied_generation") == 1)
+    assert watcher.metric("rksp_kss_applied_weight") == 0.15
+    assert watcher.end() == 0
+    assert watcher.logged("stopped")[-1]["by"] == "SIGTERM"
+
+
+@pytest.mark.slow
+def test_checkpoints_of_every_kind_and_fate(run: Path, start):
+    watcher = start(*MODEL, RKSP_REPLAY__ATTEMPTS="2")
+    growing, content = run / "step-400.safetensors", save(tiny_model.weights(400))
+    growing.write_bytes(content[:100])
+    tiny_model.save_folder(run, 100)
+    tiny_model.save_folder(run, 200, code=9.0)  # kills its worker
+    tiny_model.save_folder(run, 300, width=8)  # of another model
+    (run / "step-500.safetensors").write_bytes(b"\xff" * 64)  # a header of 2^64 - 1 bytes
+    vanishing = run / "step-600.safetensors"
+    vanishing.write_bytes(content[:100])
+    until(lambda: len(rows(run)) == 6)
+    for end in (1000, 4000, len(content)):
+        growing.write_bytes(content[:end])
+        time.sleep(0.1)
+    vanishing.unlink()
+    until(lambda: set(rows(run)) and not {"seen", "ready", "processing"} & {status for status, _ in rows(run).values()})
+    assert rows(run) == {
+        100: ("done", 1),
+        200: ("failed", 2),
+        300: ("failed", 2),
+        400: ("done", 1),
+        500: ("failed", 2),
+        600: ("expired", 0),
+    }
+    assert watcher.metric("rksp_checkpoints_processed_total") == 2
+    assert watcher.metric("rksp_checkpoints_failed_total") == 3
+    assert watcher.metric("rksp_checkpoints_expired_total") == 1
+    assert watcher.metric("rksp_replay_duration_seconds_count") == 2
+    assert watcher.metric("rksp_replay_worker_restarts_total") >= 1
+    assert watcher.end() == 0
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_goes_on_where_it_was(run: Path, start):
+    healthy(run, range(10, 110, 10))
+    tiny_model.save_folder(run, 105, code=7.0)  # hangs
+    first = start("--enforce", *MODEL)
+    until(lambda: rows(run)[105][0] == "processing")
+    first.end(signal.SIGKILL)
+    shutil.rmtree(run / "checkpoints" / "step-00000105")
+    ProfileWriter(run, every=10).write(profile(**ALARM), 110)
+    second = start("--enforce", *MODEL)
+    until(lambda: second.metric("rksp_control_desired_generation") == 1)
+    assert second.metric("rksp_checkpoints_processed_total") == 1  # the ten before are not judged again
+    assert second.metric("rksp_near_unit_mass_drift") == pytest.approx(-0.2)  # the baseline is that of step 10
+    order = (run / "control" / "desired.json").read_bytes()
+    second.end(signal.SIGKILL)
+    third = start("--enforce", *MODEL)
+    until(lambda: third.metric("rksp_risk_level") == 2)
+    assert (run / "control" / "desired.json").read_bytes() == order
+    assert third.end() == 0
+    assert rows(run)[105] == ("expired", 1)
+
+
+def test_sigterm_gives_a_replay_up_and_a_second_one_changes_nothing(run: Path, start):
+    tiny_model.save_folder(run, 100, code=7.0)
+    watcher = start(*MODEL)
+    until(lambda: watcher.logged("replay worker is ready"))
+    watcher.process.send_signal(signal.SIGTERM)
+    assert watcher.end() == 0
+    assert rows(run) == {100: ("ready", 0)}
+    assert not (run / ".rksp" / "run.owner").exists()
+
+
+def test_once_exits_by_what_it_saw(run: Path):
+    empty = once(run)
+    assert empty.returncode == 3
+    assert empty.stdout == ""
+    healthy(run, range(10, 110, 10))
+    assert once(run, "--fail-on", "elevated").returncode == 0
+    ProfileWriter(run, every=10).write(profile(**ALARM), 110)
+    assert once(run).returncode == 0
+    assert once(run, "--fail-on", "high").returncode == 1
+    assert once(run, "--fail-on", "critical").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model", "nowhere:build"), "nowhere"),
+        (("--probe", "no.safetensors"), "there is no probe"),
+        (("--listen", "nowhere"), "host:port"),
+        (("--config", "no.yaml"), "cannot read no.yaml"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(run: Path, flags: tuple[str, ...], message: str):
+    tiny_model.save_folder(run, 100)
+    result = once(run, *flags)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert message in result.stderr.splitlines()[-1]
+    assert result.stderr.splitlines()[-1].startswith("rksp: ")
+
+
+def test_a_second_watcher_is_refused(run: Path, start):
+    healthy(run, range(10, 20, 10))
+    first = start()
+    until(lambda: first.metric("rksp_checkpoints_processed_total") == 1)
+    second = once(run)
+    assert second.returncode == 2
+    assert f"already watched by process {first.process.pid}" in second.stderr
+
+
+def test_a_folder_that_comes_later_is_waited_for(run: Path, start):
+    run.rmdir()
+    watcher = start("--until-step", "20")
+    until(lambda: watcher.get("/readyz"))
+    run.mkdir()
+    healthy(run, range(10, 30, 10))
+    assert watcher.process.wait(60) == 0
+
+
+def test_a_time_limit_without_anything_judged_is_inconclusive(run: Path, start):
+    assert start("--timeout", "1").process.wait(60) == 3
+
+
+def test_a_service_manager_is_told(run: Path, start):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        address = run.parent / "notify"
+        channel.bind(str(address))
+        channel.settimeout(60)
+        watcher = start(NOTIFY_SOCKET=str(address))
+        assert channel.recv(100) == b"READY=1"
+        heard = {channel.recv(200) for _ in range(3)}
+        assert b"WATCHDOG=1" in heard
+        watcher.process.send_signal(signal.SIGTERM)
+        while channel.recv(200) != b"STOPPING=1":
+            pass
+        assert watcher.process.wait(60) == 0
