@@ -66,9 +66,10 @@ def test_a_real_preflight_lets_a_stable_model_train_and_stops_a_hot_one(cluster:
     jobs = {}
     for name, rate in (("recall_small", "0.001"), ("recall_no_norm_hot", "0.01")):
         config = yaml.safe_load((ROOT / f"training/configs/{name}.yaml").read_text(encoding="utf-8"))
-        config |= {"steps": 3, "output": str(tmp_path / "runs" / name)}
+        config |= {"steps": 1, "output": str(tmp_path / "runs" / name)}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-        jobs[name] = submit(["--cpus-per-task=1", str(SCRIPT), f"{name}.yaml", "--lr", rate], environment, tmp_path)
+        arguments = [str(SCRIPT), f"{name}.yaml", "--lr", rate, "--samples", "512", "--look-ahead-steps", "2"]
+        jobs[name] = submit(["--cpus-per-task=1", *arguments], environment, tmp_path)
     ended, output = result(jobs["recall_small"], cluster, tmp_path)
     assert ended == 0, output
     assert (tmp_path / "runs/recall_small/result.json").exists()
