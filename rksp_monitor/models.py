@@ -162,8 +162,8 @@ def user_code(what: str) -> Iterator[None]:
         if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
             raise  # the caller knows what to lower
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(frame.filename).name}, line {frame.lineno}"
-        raise ModelError(f"{what} raised {type(error).__name__}: {_one_line(error)} ({place})") from error
+        place = "" if frame.filename == __file__ else f" ({Path(frame.filename).name}, line {frame.lineno})"
+        raise ModelError(f"{what} raised {type(error).__name__}: {_one_line(error)}{place}") from error
 
 
 @contextlib.contextmanager
