@@ -145,9 +145,10 @@ class Evidence:
 
 @dataclass(frozen=True)
 class PolicyState:
-    """What the policy remembers: the level, the last proposals, and the order that holds."""
+    """What the policy remembers: the level, the newest step, the last proposals, and the order that holds."""
 
     level: int = 0
+    step: int | None = None
     proposals: tuple[int, ...] = ()
     ordered: KSSSettings = field(default_factory=KSSSettings)
     ordered_level: int = 0
@@ -169,30 +170,34 @@ class PolicyState:
 
 @dataclass(frozen=True)
 class Decision:
-    """The outcome of one event: the level that holds, the rules that fired, and the order that is due, if any."""
+    """The outcome of one event: the level that holds, the rules that fired, and the order that is due, if any.
+
+    ``late`` marks an event that came after a newer one: it decided nothing.
+    """
 
     level: int
     previous_level: int
     fired: tuple[str, ...]
     order: KSSSettings | None
     reason: Reason
+    late: bool = False
 
 
 def decide(state: PolicyState, evidence: Evidence, policy: Policy) -> tuple[PolicyState, Decision]:
     """Judge one event.
 
-    A late event (`Drift.late`) is no evidence about now: it changes nothing.
+    An event older than one already judged (of its own series or another) is no evidence about now: it changes nothing.
     """
     drift = evidence.drift
-    if drift.late:
-        return state, Decision(state.level, state.level, (), None, Reason(state.level, drift.step))
+    if drift.late or (state.step is not None and drift.step < state.step):
+        return state, Decision(state.level, state.level, (), None, Reason(state.level, drift.step), late=True)
     fired = [rule for rule in policy.rules if rule.fires(drift)]
     keep = max(policy.raise_after, policy.clear_after)
     proposals = (*state.proposals, max((rule.level for rule in fired), default=0))[-keep:]
     level = _level(state.level, proposals, policy)
     reason = _reason(level, fired, drift)
     order = policy.kss(level) if _order_is_due(state, level, evidence, policy) else None
-    after = dataclasses.replace(state, level=level, proposals=proposals)
+    after = dataclasses.replace(state, level=level, step=drift.step, proposals=proposals)
     if order is not None:
         after = dataclasses.replace(
             after, ordered=order, ordered_level=level, ordered_step=drift.step, ordered_at=evidence.at

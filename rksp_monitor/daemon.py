@@ -68,6 +68,8 @@ class Daemon:
         Set both to end `run`.
     tick
         Called from the work loop, at least every second: the supervisor's watchdog.
+    reload
+        Called before each scan; returns new settings when there are some.
     """
 
     def __init__(
@@ -84,13 +86,14 @@ class Daemon:
         stop: threading.Event,
         wake: threading.Event,
         tick: Callable[[], None] = lambda: None,
+        reload: Callable[[], WatchSettings | None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.settings = settings
         self._folder, self._run = folder, run
         self._ledger, self._board, self._log = ledger, board, log
         self._replayer, self._control = replayer, control
-        self._stop, self._wake, self._tick, self._clock = stop, wake, tick, clock
+        self._stop, self._wake, self._tick, self._reload, self._clock = stop, wake, tick, reload, clock
         self._judged = 0
         self._state = self._policy_state()
         self._worst = self._state.level
@@ -108,6 +111,7 @@ class Daemon:
         )
         for sightings in scans:
             self._tick()
+            self._take_new_settings()
             self._note(sightings)
             reached = self._work(until_step)
             self._deliver()
@@ -118,6 +122,13 @@ class Daemon:
             if once and not waiting:
                 return Outcome(self._judged, self._worst, "once")
         return Outcome(self._judged, self._worst, "stopped")
+
+    def _take_new_settings(self) -> None:
+        """Go on with new settings: the policy's state is kept, and what was ordered is looked up again."""
+        settings = self._reload()
+        if settings is not None:
+            self.settings = settings
+            self._state = self._policy_state()
 
     # -- discovery
 
@@ -219,23 +230,23 @@ class Daemon:
         self._worst = max(self._worst, state.level)
         self._judged += 1
         self._deliver()
-        self._report(event, profile, decision, late=drift.late)
-        if not drift.late:
+        self._report(event, profile, decision)
+        if not decision.late:
             self._board.show(self._run, profile, drift)
         self._export_control()
 
-    def _report(self, event: Event, profile: ModelProfile, decision: Decision, *, late: bool) -> None:
+    def _report(self, event: Event, profile: ModelProfile, decision: Decision) -> None:
         board, now = self._board, self._clock()
         board.count(self._run, "rksp_checkpoints_processed_total")
         board.set(self._run, "rksp_checkpoint_last_processed_timestamp_seconds", now)
-        if not late:
+        if not decision.late:
             board.set(self._run, "rksp_checkpoint_last_processed_step", event.step)
         summary = profile.summary
         self._log.info(
             "judged",
             kind=event.kind,
             step=event.step,
-            late=late,
+            late=decision.late,
             near_unit_mass=summary["near_unit_mass"]["mean"],
             kreiss_constant=summary["kreiss_constant"]["max"],
             risk=LEVELS[decision.level],

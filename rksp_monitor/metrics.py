@@ -171,6 +171,11 @@ class Board:
         with self._lock:
             self._runs[run] = _Run(dict(info), counters=counters)
 
+    def describe_run(self, run: str, info: Mapping[str, str]) -> None:
+        """Replace what the info metric of a run says."""
+        with self._lock:
+            self._runs[run].info = dict(info)
+
     def remove_run(self, run: str) -> None:
         """End the series of a run."""
         with self._lock:

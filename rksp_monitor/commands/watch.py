@@ -15,6 +15,21 @@ import typer
 
 FailOn = Literal["never", "elevated", "high", "critical"]
 
+# Settings that the endpoint, the ledger, the worker or the scan were built from.
+FIXED = (
+    "model",
+    "arguments",
+    "probe",
+    "seed",
+    "device",
+    "run_id",
+    "poll_interval",
+    "hints",
+    "listen",
+    "per_layer_metrics",
+    "state_dir",
+    "control",
+)
 SILENCE_LIMIT = 60.0  # seconds without a sign of life from the work loop before /healthz says so
 
 
@@ -70,20 +85,29 @@ def watch(
         "fail_on": fail_on,
     }
     settings = read_settings(config, flags)
-    session = _Session(run_folder, settings, serve=not once or listen is not None, port_file=port_file)
+    session = _Session(
+        run_folder,
+        settings,
+        serve=not once or listen is not None,
+        port_file=port_file,
+        read=lambda: read_settings(config, flags),
+    )
     return session.run(once=once, until_step=until_step, timeout=timeout, new_baseline=new_baseline)
 
 
 class _Session:
     """One run of the command: owns the signals, the endpoint, the ledger and the worker."""
 
-    def __init__(self, folder: Path, settings: Any, *, serve: bool, port_file: Path | None) -> None:
+    def __init__(
+        self, folder: Path, settings: Any, *, serve: bool, port_file: Path | None, read: Callable[[], Any]
+    ) -> None:
         from rksp_monitor.log import make_logger
         from rksp_monitor.metrics import Board
         from rksp_monitor.supervisor import Notifier
 
         self.folder, self.settings = folder, settings
-        self._serve, self._port_file = serve, port_file
+        self._serve, self._port_file, self._read = serve, port_file, read
+        self._hangup = threading.Event()
         self._stop, self._wake = threading.Event(), threading.Event()
         self._ended_by = ""
         self._heartbeat = time.monotonic()
@@ -97,7 +121,12 @@ class _Session:
         if once and not self.folder.is_dir():
             raise ConfigError(f"there is no run folder {self.folder}")
         with contextlib.ExitStack() as stack:
-            stack.enter_context(signals({signal.SIGTERM: self._end("SIGTERM"), signal.SIGINT: self._end("SIGINT")}))
+            handlers = {
+                signal.SIGTERM: self._end("SIGTERM"),
+                signal.SIGINT: self._end("SIGINT"),
+                signal.SIGHUP: self._ask_for_reload,
+            }
+            stack.enter_context(signals(handlers))
             if timeout is not None:
                 timer = threading.Timer(timeout, self._end("timeout"))
                 timer.daemon = True
@@ -122,12 +151,8 @@ class _Session:
         ledger = stack.enter_context(open_ledger(run.ledger, run.name))
         if new_baseline:
             ledger.forget("drift/checkpoint", "drift/profile", "policy")
-        info = {
-            "model": run.model or "",
-            "probe": str(run.probe or "random tokens"),
-            "mode": "enforce" if settings.enforce else "observe",
-        }
-        self._board.add_run(run.name, info)
+        self._board.add_run(run.name, {})
+        info = self._describe(run)
         self._log.info("watching", run=run.name, folder=str(run.folder), ledger=str(run.ledger), **info)
         daemon = Daemon(
             run.folder,
@@ -141,6 +166,7 @@ class _Session:
             stop=self._stop,
             wake=self._wake,
             tick=self._tick,
+            reload=lambda: self._reload(run),
         )
         outcome = daemon.run(once=once, until_step=until_step)
         ended_by = self._ended_by or outcome.ended_by
@@ -212,6 +238,43 @@ class _Session:
                 return True
             self._wake.wait(min(1.0, self.settings.poll_interval))
         return False
+
+    def _ask_for_reload(self) -> None:
+        self._hangup.set()
+        self._wake.set()
+
+    def _describe(self, run: Any) -> dict[str, str]:
+        """Export what the info metric says of the run, and return it."""
+        info = {
+            "model": run.model or "",
+            "probe": str(run.probe or "random tokens"),
+            "mode": "enforce" if self.settings.enforce else "observe",
+        }
+        self._board.describe_run(run.name, info)
+        return info
+
+    def _reload(self, run: Any) -> Any:
+        """Return the settings read again after a SIGHUP, or None; a bad file changes nothing."""
+        from rksp_core.errors import RkspError
+
+        if not self._hangup.is_set():
+            return None
+        self._hangup.clear()
+        self._notifier.send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            fresh = self._read()
+        except RkspError as error:
+            self._log.error("settings not reloaded", problem=str(error))
+            return None
+        finally:
+            self._notifier.send("READY=1")
+        fixed = [name for name in FIXED if getattr(fresh, name) != getattr(self.settings, name)]
+        if fixed:
+            self._log.warning("these settings take effect at the next start", settings=fixed)
+            fresh = fresh.model_copy(update={name: getattr(self.settings, name) for name in fixed})
+        self.settings = fresh
+        self._log.info("settings reloaded", mode=self._describe(run)["mode"])
+        return fresh
 
     def _tick(self) -> None:
         self._heartbeat = time.monotonic()

@@ -96,6 +96,16 @@ def test_a_late_event_changes_nothing():
     assert after is state
     assert decision.level == 1
     assert decision.order is None
+    assert decision.late
+
+
+def test_an_event_older_than_the_newest_one_of_another_series_changes_nothing():
+    state, _ = decide(PolicyState(), Evidence(Drift(100, {"loss": 3.0})), PLAIN)
+    after, decision = decide(state, Evidence(Drift(90, {"loss": 0.0})), PLAIN)
+    assert after is state
+    assert decision.late
+    after, decision = decide(state, Evidence(Drift(100, {"loss": 3.0})), PLAIN)
+    assert decision.level == 3
 
 
 def test_conditions_compare_with_what_they_say():
@@ -137,7 +147,7 @@ def test_a_model_that_is_not_finite_from_the_start_is_critical():
 
 
 def test_the_state_survives_json():
-    state = PolicyState(2, (0, 2, 2), STRONG, 2, 40, 17.5)
+    state = PolicyState(2, 40, (0, 2, 2), STRONG, 2, 40, 17.5)
     assert PolicyState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
 
 

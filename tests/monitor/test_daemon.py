@@ -244,6 +244,16 @@ def test_profiles_and_checkpoints_have_baselines_of_their_own(bench: Bench):
         assert ledger.load("drift/checkpoint")["identity"] != ledger.load("drift/profile")["identity"]
 
 
+def test_an_old_checkpoint_does_not_clear_what_newer_profiles_raised(bench: Bench):
+    bench.healthy(100)
+    bench.writer.write(profile(**ALARM), 110)
+    bench.run()
+    for step in (20, 40, 60, 80, 100):
+        tiny_model.save_folder(bench.folder, step)
+    assert bench.run(FakeReplayer({})) == Outcome(5, 2, "once")
+    assert bench.gauge("rksp_risk_level") == 2
+
+
 def test_a_step_that_comes_late_is_kept_and_moves_nothing(bench: Bench):
     bench.healthy(100)
     bench.run()

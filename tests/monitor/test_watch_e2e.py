@@ -261,6 +261,25 @@ def test_a_time_limit_without_anything_judged_is_inconclusive(run: Path, start):
     assert start("--timeout", "1").process.wait(60) == 3
 
 
+def test_sighup_reloads_the_settings_and_refuses_bad_ones(run: Path, start):
+    settings = run.parent / "settings.yaml"
+    settings.write_text("policy: {raise_after: 99}")
+    healthy(run, range(10, 110, 10))
+    watcher = start("--config", str(settings))
+    until(lambda: watcher.metric("rksp_checkpoint_last_processed_step") == 100)
+    settings.write_text("policy: {raise_aftr: 1}")
+    watcher.process.send_signal(signal.SIGHUP)
+    until(lambda: watcher.logged("settings not reloaded"))
+    assert "did you mean 'policy.raise_after'" in watcher.logged("settings not reloaded")[0]["problem"]
+    settings.write_text("policy: {raise_after: 1}\nseed: 5")
+    watcher.process.send_signal(signal.SIGHUP)
+    until(lambda: watcher.logged("settings reloaded"))
+    assert watcher.logged("these settings take effect at the next start")[0]["settings"] == ["seed"]
+    ProfileWriter(run, every=10).write(profile(**ALARM), 110)
+    until(lambda: watcher.metric("rksp_risk_level") == 2)
+    assert watcher.end() == 0
+
+
 def test_a_service_manager_is_told(run: Path, start):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         address = run.parent / "notify"

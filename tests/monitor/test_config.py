@@ -1,0 +1,109 @@
+"""Settings from flags, variables and YAML; the commented file that is written holds every default."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rksp_core.control import KSSSettings
+from rksp_core.errors import ConfigError
+from rksp_monitor.cli import run
+from rksp_monitor.config import WatchSettings, read_settings
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "watch.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_written_file_states_every_setting_at_its_default(tmp_path: Path):
+    import yaml
+
+    path = tmp_path / "watch.yaml"
+    assert run(["config", "init", str(path)]) == 0
+    assert read_settings(path) == read_settings()
+    document = yaml.safe_load(path.read_text())
+    assert list(document) == list(WatchSettings.model_fields)
+    for section in ("replay", "control"):
+        assert set(document[section]) == set(type(getattr(read_settings(), section)).model_fields)
+    assert "ADVISORY" in path.read_text()
+
+
+def test_an_existing_file_is_not_replaced_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = written(tmp_path, "seed: 1\n")
+    assert run(["config", "init", str(path)]) == 2
+    assert "pass --force" in capsys.readouterr().err
+    assert run(["config", "init", str(path), "--force"]) == 0
+
+
+def test_flags_win_over_variables_and_variables_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = written(tmp_path, "poll_interval: 1\nseed: 1\ndevice: cpu\nreplay: {timeout: 1, attempts: 7}\n")
+    monkeypatch.setenv("RKSP_POLL_INTERVAL", "2")
+    monkeypatch.setenv("RKSP_SEED", "2")
+    monkeypatch.setenv("RKSP_REPLAY__TIMEOUT", "2")
+    settings = read_settings(path, {"poll_interval": 3.0, "device": None})
+    assert (settings.poll_interval, settings.seed, settings.device) == (3.0, 2, "cpu")
+    assert (settings.replay.timeout, settings.replay.attempts) == (2.0, 7)
+
+
+def test_the_file_can_be_named_by_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RKSP_CONFIG", str(written(tmp_path, "seed: 9")))
+    assert read_settings().seed == 9
+
+
+def test_a_policy_is_read_as_the_core_means_it(tmp_path: Path):
+    text = """
+policy:
+  raise_after: 2
+  ladder: {1: {alpha: 0.05}}
+  rules:
+    - {name: r, level: 1, all: [{metric: log_kreiss_mean, against: baseline, direction: rises, by: 2}]}
+"""
+    policy = read_settings(written(tmp_path, text)).policy
+    assert policy.ladder == {1: KSSSettings(alpha=0.05)}
+    assert policy.rules[0].all[0].against == "baseline"
+    assert policy.clear_after == 5
+
+
+MISTAKES = {
+    "polcy: {}": "unknown key 'polcy'; did you mean 'policy'",
+    "replay: {timout: 3}": "unknown key 'replay.timout'; did you mean 'replay.timeout'",
+    "policy: {rules: [{name: a, levle: 1}]}": "unknown key 'policy.rules.0.levle'; did you mean 'policy.rules.0.level'",
+    "policy: {ladder: {2: {alfa: 1}}}": "unknown key 'policy.ladder.2.alfa'; did you mean 'policy.ladder.2.alpha'",
+    "policy: {ladder: {2: {alpha: -1}}}": "kss.alpha must be a number of at least 0, got -1",
+    "policy: {rules: [{name: a, level: 1, all: [{metric: kreiss, by: 1}]}]}": "unknown metric 'kreiss'",
+    "policy: {rules: [{name: a, level: 1, all: [{metric: loss, by: 1, against: past}]}]}": "got 'past'",
+    "poll_interval: 0": "poll_interval: input should be greater than 0, got 0",
+    "fail_on: low": "fail_on: ",
+    "listen: nowhere": "an address is host:port",
+    "control: {mode: rw}": "control.mode: ",
+    "[1, 2]": "must hold a mapping of settings",
+    "a: [": "is no YAML in line",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]):
+    path = written(tmp_path, text)
+    assert run(["config", "validate", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert MISTAKES[text] in said
+    assert said.count("\n") == 1
+    assert str(path) in said
+
+
+def test_a_misspelt_variable_is_refused_and_a_stranger_is_not(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RKSP_IMAGE_TAG", "v1")
+    read_settings()
+    monkeypatch.setenv("RKSP_POLL_INTERVL", "3")
+    with pytest.raises(ConfigError, match="RKSP_POLL_INTERVL names no setting; did you mean RKSP_POLL_INTERVAL"):
+        read_settings()
+
+
+def test_the_schema_is_json_and_describes_every_setting(capsys: pytest.CaptureFixture[str]):
+    assert run(["config", "schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert set(schema["properties"]) == set(WatchSettings.model_fields)
