@@ -1,18 +1,40 @@
-# The two commands of the README, and what CI and contributors call.
+# The two commands of the README (`make demo`, `make test`), and what CI and contributors call.
 PYTHON ?= python3
 BIN := .venv/bin
+MODELS ?= models
+RUNS ?= runs
 
-.PHONY: demo test check lint setup bench
+.PHONY: demo test check lint setup bench clean
 
-setup: .venv/.installed
+demo: setup  ## preflight of a real pretrained model, then one unstable run with and without the loop
+	$(BIN)/python scripts/real_models.py $(MODELS) --only smollm2
+	$(BIN)/rksp preflight $(MODELS)/smollm2 --format html --output-file $(RUNS)/preflight.html
+	rm -rf $(RUNS)/demo
+	$(BIN)/rksp demo --output $(RUNS)/demo
 
-.venv/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev,hf]' --constraint constraints.txt
-	touch $@
+test: setup  ## the whole test-suite; what is not installed is reported as skipped
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope
+
+check: lint test
 
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: setup  ## every figure of the README and the CHANGELOG
+	$(BIN)/python benchmarks/profile_cost.py
+	$(BIN)/python benchmarks/kreiss.py
+	$(BIN)/python benchmarks/control_poll.py
+
+setup: .venv/.installed
+
+# torch comes from constraints.txt: an open range would pull a build with CUDA, several gigabytes.
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev,hf]' --constraint constraints.txt
+	touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,6 +17,9 @@ def demo(
     config: Annotated[
         Path | None, typer.Option(help="The trainer's YAML; default: training/configs/demo.yaml of the checkout.")
     ] = None,
+    watch_config: Annotated[
+        Path | None, typer.Option(help="Settings of both watchers, for another policy; see `rksp config init`.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of both runs.")] = 42,
 ) -> int:
     """Train a small model that goes unstable, twice: with the watcher's orders obeyed, and without."""
@@ -39,7 +42,15 @@ def demo(
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"{output} is not empty; remove it, or choose another folder with --output")
     arms = [
-        Arm(name, checkout=checkout, config=yaml, folder=output / name, enforce=enforce, seed=seed)
+        Arm(
+            name,
+            checkout=checkout,
+            config=yaml,
+            folder=output / name,
+            enforce=enforce,
+            seed=seed,
+            watch_config=watch_config and watch_config.resolve(),
+        )
         for name, enforce in (("without-loop", False), ("with-loop", True))
     ]
     try:

@@ -69,12 +69,24 @@ class Arm:
         Whether the watcher writes orders.
     seed
         Of the run.
+    watch_config
+        Settings of the watcher; None: its defaults.
     """
 
-    def __init__(self, name: str, *, checkout: Path, config: Path, folder: Path, enforce: bool, seed: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        checkout: Path,
+        config: Path,
+        folder: Path,
+        enforce: bool,
+        seed: int,
+        watch_config: Path | None = None,
+    ) -> None:
         self.name, self.folder, self.enforce = name, folder, enforce
         self.samples: list[Sample] = []
-        self._checkout, self._config, self._seed = checkout, config, seed
+        self._checkout, self._config, self._seed, self._watch_config = checkout, config, seed, watch_config
         self._trainer: subprocess.Popen[bytes] | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
         self._began = time.monotonic()
@@ -98,6 +110,8 @@ class Arm:
         mode = "--enforce" if self.enforce else "--observe"
         arguments = ["--listen", "127.0.0.1:0", "--port-file", str(self.folder / "port"), mode]
         arguments += ["--poll-interval", str(POLL_INTERVAL), "--device", "cpu"]
+        if self._watch_config is not None:
+            arguments += ["--config", str(self._watch_config)]
         self._watcher = self._start("watcher", "-m", "rksp_monitor", "watch", str(self.folder), *arguments)
 
     def ready(self) -> bool:

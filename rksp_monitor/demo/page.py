@@ -67,7 +67,9 @@ def verdict(alone: Story, looped: Story) -> str:
     if looped.applied_at is None:
         if alone.diverged_at is None:
             return "Neither run diverged and no order was given: this seed shows the watcher at rest."
-        return f"The run diverged at step {alone.diverged_at} and the loop did nothing: no order came before that."
+        late = "the order came too late to be applied" if looped.orders else "no order was given"
+        steps = f"at step {alone.diverged_at} without the loop and {looped.diverged_at} with it"
+        return f"Both runs diverged, {steps}: {late}."
     when = f"KSS was switched on at step {looped.applied_at}"
     if alone.diverged_at is None and looped.diverged_at is None:
         return f"{when}, but the run without it did not diverge either: a false alarm, on this seed."
@@ -81,8 +83,8 @@ def verdict(alone: Story, looped: Story) -> str:
             f"{alone.diverged_at}: saved, on this seed and up to this horizon."
         )
     gained = looped.diverged_at - alone.diverged_at
-    change = f"{abs(gained)} steps {'later' if gained > 0 else 'earlier'}" if gained else "at the same step"
-    return f"{when}; that run diverged all the same, at step {looped.diverged_at}, {change} than the one without it."
+    change = f"{abs(gained)} steps {'later than' if gained > 0 else 'earlier than'}" if gained else "just as"
+    return f"{when}; that run diverged all the same, at step {looped.diverged_at}, {change} the one without it."
 
 
 def write_page(arms: Sequence[Arm], settings: dict[str, Any]) -> str:
