@@ -6,9 +6,10 @@ RUNS ?= runs
 
 .PHONY: demo test check lint setup bench clean
 
-demo: setup  ## preflight of a real pretrained model, then one unstable run with and without the loop
-	$(BIN)/python scripts/real_models.py $(MODELS) --only smollm2
-	$(BIN)/rksp preflight $(MODELS)/smollm2 --format html --output-file $(RUNS)/preflight.html
+demo: setup  ## preflight of a pretrained model on real text, then one unstable run with and without the loop
+	$(BIN)/python scripts/real_models.py $(MODELS)
+	$(BIN)/rksp probe make $(RUNS)/probe.safetensors --text LICENSE --tokenizer $(MODELS)/smollm2-135m
+	-$(BIN)/rksp preflight $(MODELS)/smollm2-135m --probe $(RUNS)/probe.safetensors
 	rm -rf $(RUNS)/demo
 	$(BIN)/rksp demo --output $(RUNS)/demo
 
