@@ -35,12 +35,13 @@ from rksp_core.resolvent import Form
 
 _WIDTH = 0.049
 """The bracket that is aimed at, relative."""
-_FAILURE = 1e-12
+_FAILURE = 1e-10
 """Probability that the Lanczos bound of one sample fails."""
 _ROUNDING = 1e-8
 _INTERPOLATION = 0.015
-_TAIL = 3e-3
-_FIRST_STEPS, _LAST_STEPS = 8, 128
+_TAIL = 6e-3
+_FIRST_STEPS, _LAST_STEPS = 6, 96
+_AMBITION = 1.7
 _CHUNK = 96
 _MOST_CIRCLES = 80
 _MOST_SAMPLES = 8192
@@ -59,6 +60,8 @@ def upper_bound(system: Eigensystem, form: Form, theta: float, value: float) -> 
     value : float
         The largest value found: it says where effort is worth spending and is not used otherwise.
     """
+    if math.isinf(value):
+        return math.inf
     certificate = _Certificate(system, form, theta, (1 + _WIDTH) * max(1.0, value))
     return max(value, min(certificate.bound(), system.eigenvector_condition) * (1 + _ROUNDING))
 
@@ -113,20 +116,24 @@ class _Certificate:
         number = max(1, math.ceil(0.75 * n))
         half = math.pi / (2 * number)
         arcs = _Arcs.of((2 * torch.arange(number, dtype=torch.float64) + 1) * half, half, _FIRST_STEPS)
-        bound, samples = 0.0, 0
+        bound, seen, samples = 0.0, 0.0, 0
         while arcs:
             now, arcs, steps = arcs.fewest_steps()
             sharp = (now.halves * (n / 2)).cos()
             values = self._samples(torch.polar(torch.full_like(now.angles, r / self.theta), now.angles), steps)
             uppers = values * math.sqrt(1 + _excess(self.form.size, steps)) / sharp
             samples += len(values)
-            if float(values.max()) > level or samples > _MOST_SAMPLES:
+            seen = max(seen, float(values.max()))
+            if seen > level or samples > _MOST_SAMPLES:
                 return float(torch.cat([torch.tensor([bound]), uppers, arcs.bounds]).max())
-            bound = max(bound, float(torch.where(uppers <= level, uppers, 0.0).max()))
-            # log(level / value) is shared out: 70 % to the width of the arc, the dearer one to shrink
-            narrow = (sharp >= (values / level) ** 0.7) & (steps < _LAST_STEPS)
+            # far below the level a tighter bound costs little, and spares circles beside this one
+            goal = min(level, _AMBITION * seen)
+            above = uppers > goal
+            bound = max(bound, float(torch.where(above, 0.0, uppers).max()))
+            # log(goal / value) is shared out: 80 % to the width of the arc, the dearer one to shrink
+            narrow = (sharp >= (values / goal) ** 0.8) & (steps < _LAST_STEPS)
             now.bounds = uppers
-            arcs = arcs.join(now.sharpened(narrow & (uppers > level)), now.split(~narrow & (uppers > level)))
+            arcs = arcs.join(now.sharpened(narrow & above), now.split(~narrow & above))
         return bound
 
     def _samples(self, w: Tensor, steps: int) -> Tensor:

@@ -25,7 +25,7 @@ _CIRCLES = (12.0, 3.0, 1.5, 0.8, 0.4, 0.2, 0.1)
 _NEAREST, _FARTHEST = 1e-7, 1e3
 _COARSE_STEPS = 8
 _PERIPHERAL = 32
-_CLIMBERS = 6
+_CLIMBERS = 12
 _ROUNDS = 40
 _GAIN = 1e-10
 
@@ -35,11 +35,21 @@ def search(system: Eigensystem, form: Form, theta: float) -> tuple[float, comple
     resolvent = _Resolvent(form, theta)
     depths, angles = _coarse_points(system, theta)
     heights, starts = resolvent.coarse(depths, angles)
+    if math.isinf(heights.max()):
+        return math.inf, complex(theta * (1 + depths[np.argmax(heights)]) * np.exp(1j * angles[np.argmax(heights)]))
     best = _local_maxima(np.log(depths), angles, heights)[:_CLIMBERS]
     value, depth, angle = _climb(resolvent, depths[best], angles[best], starts[best])
+    if depth < 3 * _NEAREST and _grows_without_bound(resolvent, depth, angle, starts[best[:1]]):
+        return math.inf, complex(theta * np.exp(1j * angle))
     if value <= 1.0:
         return 1.0, complex(math.inf)
     return value, complex(theta * (1 + depth) * np.exp(1j * angle))
+
+
+def _grows_without_bound(resolvent: _Resolvent, depth: float, angle: float, start: Tensor) -> bool:
+    """Tell a defective eigenvalue on the circle, where f ~ e^(1-k), from a simple one, where f tends to a number."""
+    heights = [resolvent.evaluate(np.array([e]), np.array([angle]), start)[0][0] for e in (depth, 10 * depth)]
+    return bool(heights[0] - heights[1] > 1.0)
 
 
 class _Resolvent:
@@ -73,7 +83,8 @@ class _Resolvent:
 
     @staticmethod
     def _height(depths: Vector, found: Largest) -> Vector:
-        height: Vector = np.log(depths / (1 + depths)) + np.log(found.norms.numpy())
+        norms = np.maximum(found.norms.numpy(), np.finfo(float).tiny)
+        height: Vector = np.log(depths / (1 + depths)) + np.log(norms)
         return height
 
 
@@ -89,7 +100,8 @@ def _coarse_points(system: Eigensystem, theta: float) -> tuple[Vector, Vector]:
         e = _CIRCLES[-1]
         while (e := e / 3) > max(gaps[j] / 4, _NEAREST):
             points.append((e, float(np.angle(values[j]))))
-    depths, angles = np.array(points).T
+    # equal eigenvalues give equal rays, and climbing one hill six times would leave the others out
+    depths, angles = np.unique(np.round(points, 12), axis=0).T
     return depths, angles
 
 
@@ -97,25 +109,26 @@ def _local_maxima(logs: Vector, angles: Vector, heights: Vector) -> Index:
     """Indices of the points that no near neighbour exceeds, best first; near is measured in units of the depth."""
     width = np.minimum(np.exp(logs), 1.0)
     across = np.abs(angles[:, None] - angles) / np.minimum(width[:, None], width)
-    near = (np.abs(logs[:, None] - logs) < 1.3) & (across < 1.0)
-    peak = ~np.any(near & (heights > heights[:, None]), axis=1)
-    order = np.argsort(-heights)
+    near = (np.abs(logs[:, None] - logs) < 0.75) & (across < 0.8)
+    order = np.argsort(-heights, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    peak = ~np.any(near & (rank < rank[:, None]), axis=1)
     best: Index = order[np.take(peak, order)]
     return best
 
 
 def _climb(resolvent: _Resolvent, depths: Vector, angles: Vector, starts: Tensor) -> tuple[float, float, float]:
-    """Climb from all points together by BFGS in (log e, angle / scale); return the best (value, depth, angle)."""
+    """Climb from all points together by BFGS in (log e, angle / e); return the best (value, depth, angle)."""
     k = len(depths)
-    scale = np.stack([np.ones(k), np.minimum(depths, 1.0)], axis=1)
     position = np.stack([np.log(depths), angles], axis=1)
     height, gradient, starts = resolvent.evaluate(depths, angles, starts)
-    gradient *= scale
     inverse_hessian = np.tile(np.eye(2), (k, 1, 1))
     step = np.ones(k)
     for _ in range(_ROUNDS):
-        direction = np.einsum("kij,kj->ki", inverse_hessian, gradient)
-        expected = (direction * gradient).sum(1)
+        scale = np.stack([np.ones(k), np.minimum(np.exp(position[:, 0]), 1.0)], axis=1)
+        direction = np.einsum("kij,kj->ki", inverse_hessian, gradient * scale)
+        expected = (direction * gradient * scale).sum(1)
         go = np.flatnonzero((expected > _GAIN) & (step > 1e-4) & (height + 10 * expected + 0.1 > height.max()))
         if len(go) == 0:
             break
@@ -123,11 +136,11 @@ def _climb(resolvent: _Resolvent, depths: Vector, angles: Vector, starts: Tensor
         trial = position[go] + (direction * shorten[:, None] * scale)[go]
         trial[:, 0] = np.clip(trial[:, 0], math.log(_NEAREST), math.log(_FARTHEST))
         new_height, new_gradient, new_starts = resolvent.evaluate(np.exp(trial[:, 0]), trial[:, 1], starts[go])
-        new_gradient *= scale[go]
         up = new_height > height[go]
         step[go] = np.where(up, 1.0, step[go] * 0.4)
         i = go[up]
-        _update(inverse_hessian, (trial[up] - position[i]) / scale[i], gradient[i] - new_gradient[up], i)
+        change = (gradient[i] - new_gradient[up]) * scale[i]
+        _update(inverse_hessian, (trial[up] - position[i]) / scale[i], change, i)
         position[i], height[i], gradient[i] = trial[up], new_height[up], new_gradient[up]
         starts[i] = new_starts[np.flatnonzero(up)]
     top = int(np.argmax(height))

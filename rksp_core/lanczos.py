@@ -9,13 +9,16 @@ from torch import Tensor
 
 from rksp_core.resolvent import Family, inner
 
+_LARGEST = 1e150
+"""Entries of F* F x above this are given up as infinite, before their squares overflow."""
+
 
 @dataclass(frozen=True)
 class Largest:
     """The largest singular value of each F_i, from below, with its right singular vector.
 
-    ``norms`` (k,) float64; ``vectors`` (k, m) complex, of unit length in the family's metric; ``quotients`` (k,)
-    complex, x* F x.
+    ``norms`` (k,) float64, infinite above 1e75, where |F|^4 would overflow; ``vectors`` (k, m) complex, of unit length
+    in the family's metric; ``quotients`` (k,) complex, x* F x.
     """
 
     norms: Tensor
@@ -35,7 +38,8 @@ def largest_singular(family: Family, vectors: Tensor, *, steps: int, tolerance: 
             break
     x = krylov.ritz_vectors()
     dual, quotients = family.gram(x)
-    return Largest(inner(x, dual).real.clamp_min(0.0).sqrt(), x, quotients)
+    norms = inner(x, dual).real.clamp_min(0.0).sqrt()
+    return Largest(torch.where(krylov.overflowed, torch.inf, norms), x, quotients)
 
 
 class Krylov:
@@ -51,6 +55,7 @@ class Krylov:
         self.vectors = torch.empty(k, capacity, m, dtype=torch.complex128)
         self.duals = torch.empty(k, capacity, m, dtype=torch.complex128)
         self.projection = torch.zeros(k, capacity, capacity, dtype=torch.float64)
+        self.overflowed = torch.zeros(k, dtype=torch.bool)
         self._next = vectors, family.dual(vectors)
         self._beta = _length(*self._next)
 
@@ -60,6 +65,8 @@ class Krylov:
         scale = _reciprocal(self._beta)
         self.vectors[:, j], self.duals[:, j] = (part * scale for part in self._next)
         dual, _ = self.family.gram(self.vectors[:, j])
+        self.overflowed |= ~(dual.abs() < _LARGEST).all(dim=1)
+        dual = torch.where(self.overflowed[:, None], 0.0, dual)
         self.projection[:, j, j] = inner(self.vectors[:, j], dual).real
         dual = self._orthogonal(dual, j + 1)
         vector = self.family.vector(dual)
@@ -75,13 +82,13 @@ class Krylov:
     def ritz_values(self) -> Tensor:
         """Return the largest Ritz value of F* F in each space, (k,)."""
         values: Tensor = torch.linalg.eigvalsh(self.projection[:, : self.count, : self.count])
-        return values[:, -1]
+        return torch.where(self.overflowed, torch.inf, values[:, -1])
 
     def residuals(self) -> Tensor:
         """Return the relative residual of the largest Ritz pair, (k,)."""
         values, coordinates = torch.linalg.eigh(self.projection[:, : self.count, : self.count])
         relative: Tensor = self._beta * coordinates[:, -1, -1].abs() / values[:, -1]
-        return relative
+        return torch.where(values[:, -1] > 0, relative, 0.0)
 
     def ritz_vectors(self) -> Tensor:
         """Return the Ritz vector of the largest value, (k, m), of unit length."""

@@ -159,6 +159,22 @@ def test_the_classical_constant_is_infinite_above_one_and_finite_below():
     assert (inside.theta, inside.classical) == (1.0, inside.value)
 
 
+def test_a_defective_eigenvalue_on_the_unit_circle_makes_the_classical_constant_infinite():
+    """For [[1, 1], [0, 1]] |A^n| grows like n, and (|z| - 1) |R| like 1 / (|z| - 1)."""
+    found = kreiss_constant(jordan(2, 1.0), certify=True)
+    assert found.classical == math.inf
+    assert kreiss_constant(jordan(2, 1.0), 1.0, certify=True).upper == math.inf
+    # at theta = 1.05 the resolvent is exact: sup over e > 0 of (|z| - theta) |R(z)| with z = theta + e real
+    e = np.linspace(0.01, 0.2, 20_001)
+    p, q = 1 / (0.05 + e), 1 / (0.05 + e) ** 2
+    exact = np.max(e * (q + np.sqrt(q**2 + 4 * p**2)) / 2)
+    assert found.value == pytest.approx(exact, rel=GRID)
+
+
+def test_values_beyond_float64_are_infinite_rather_than_wrong():
+    assert kreiss_constant(jordan(60, 1.0, 0.8), 1.00001, certify=True).upper == math.inf
+
+
 def test_a_given_theta_is_used():
     A = gaussian(12, 4)
     found = kreiss_constant(A, 2.5)
