@@ -160,6 +160,11 @@ def measure(state: DriftState | None, profile: ModelProfile, step: int) -> tuple
     return _advance(state, numbers, step), drift
 
 
+def rewind(state: DriftState, step: int) -> DriftState:
+    """Return the state for a run that went back to before ``step``: the baseline stays, the average starts anew."""
+    return dataclasses.replace(state, step=step - 1, trailing={}, variance={})
+
+
 def _advance(state: DriftState, numbers: Mapping[str, float], step: int) -> DriftState:
     weight = 1.0 - MEMORY_KEPT ** ((step - state.step) / MEMORY_STEPS)
     trailing, variance = dict(state.trailing), dict(state.variance)

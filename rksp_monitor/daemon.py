@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from structlog.typing import FilteringBoundLogger
 
 from rksp_core.control import ControlWriter, Desired, KSSSettings
-from rksp_core.drift import DriftState, measure
+from rksp_core.drift import DriftState, measure, rewind
 from rksp_core.errors import CheckpointError, ControlError, ExpiredCheckpoint, ProfileError, RkspError
 from rksp_core.policy import LEVELS, Decision, Evidence, PolicyState, decide
 from rksp_core.profile import ModelProfile
@@ -123,6 +123,12 @@ class Daemon:
                 return Outcome(self._judged, self._worst, "once")
         return Outcome(self._judged, self._worst, "stopped")
 
+    @property
+    def status(self) -> str:
+        """One line about now, for the service manager."""
+        step = "nothing judged yet" if self._state.step is None else f"step {self._state.step}"
+        return f"{step}, risk {LEVELS[self._state.level]}, {self._judged} judged"
+
     def _take_new_settings(self) -> None:
         """Go on with new settings: the policy's state is kept, and what was ordered is looked up again."""
         settings = self._reload()
@@ -216,9 +222,13 @@ class Daemon:
         """Measure the drift, decide, and write outcome, state and order in one transaction."""
         name = f"drift/{event.kind}"
         stored = self._ledger.load(name)
-        before = DriftState.from_dict(stored) if stored else None
+        before, policy_state = DriftState.from_dict(stored) if stored else None, self._state
+        if before is not None and event.step <= before.step and self._ledger.judged_before(event):
+            # A step that was judged is written again: the trainer went back to an earlier checkpoint.
+            self._log.warning("rewound", kind=event.kind, step=event.step, before=before.step)
+            before, policy_state = rewind(before, event.step), dataclasses.replace(policy_state, step=None)
         after, drift = measure(before, profile, event.step)
-        state, decision = decide(self._state, Evidence(drift, self._clock()), self.settings.policy)
+        state, decision = decide(policy_state, Evidence(drift, self._clock()), self.settings.policy)
         documents: dict[str, Any] = {"policy": state.to_dict()}
         if after is not None:
             documents[name] = after.to_dict()

@@ -38,6 +38,7 @@ CREATE TABLE IF NOT EXISTS events (
     first_seen REAL NOT NULL, updated REAL NOT NULL,
     UNIQUE (run, kind, step, fingerprint, path));
 CREATE INDEX IF NOT EXISTS events_status ON events (run, status, step);
+CREATE INDEX IF NOT EXISTS events_path ON events (run, path);
 CREATE TABLE IF NOT EXISTS state (run TEXT NOT NULL, name TEXT NOT NULL, document TEXT NOT NULL,
     PRIMARY KEY (run, name));
 """
@@ -142,6 +143,14 @@ class Ledger:
     def release(self, event: Event) -> None:
         """Give an abandoned event back, as if the attempt had not been made."""
         self._move(event, "ready", attempts=event.attempts)
+
+    def judged_before(self, event: Event) -> bool:
+        """Whether the same path was judged with other content."""
+        row = self._database.execute(
+            "SELECT 1 FROM events WHERE run = ? AND path = ? AND status = 'done' AND id != ? LIMIT 1",
+            (self._run, str(event.path), event.id),
+        ).fetchone()
+        return row is not None
 
     def recover(self) -> int:
         """Make events that a crash left in processing ready again; return how many."""

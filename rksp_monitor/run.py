@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,15 @@ def describe_run(folder: Path, settings: WatchSettings) -> Run:
     own_probe = folder / PROBE if (folder / PROBE).is_file() else None
     model = settings.model or (str(folder / CONFIG) if isinstance(trainer.get("model"), dict) else None)
     control = settings.control.folder or (Path(stated) if stated else folder / "control")
-    state = settings.state_dir or folder / ".rksp"
-    return Run(name, folder, model, settings.probe or own_probe, control, state / f"{_safe(name)}.sqlite3")
+    return Run(name, folder, model, settings.probe or own_probe, control, _ledger(name, folder, settings.state_dir))
+
+
+def _ledger(name: str, folder: Path, state_dir: Path | None) -> Path:
+    """Return the ledger's path; in a state folder that runs share, the run folder's own path is part of its name."""
+    if state_dir is None:
+        return folder / ".rksp" / f"{_safe(name)}.sqlite3"
+    place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    return state_dir / f"{_safe(name)}-{place}.sqlite3"
 
 
 def _trainer_config(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import platform
 import shutil
 import socket
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +32,8 @@ def doctor(
 
 
 def _packages() -> Iterator[tuple[bool | None, str]]:
+    from importlib.metadata import PackageNotFoundError, version
+
     yield True, f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
     for name in PACKAGES:
         try:

@@ -1,36 +1,13 @@
-"""``rksp watch RUN_FOLDER``: put the daemon together, run it, exit by what it saw."""
+"""``rksp watch RUN_FOLDER``: parse, watch, exit by what was seen."""
 
 from __future__ import annotations
 
-import contextlib
-import platform
-import signal
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 FailOn = Literal["never", "elevated", "high", "critical"]
-
-# Settings that the endpoint, the ledger, the worker or the scan were built from.
-FIXED = (
-    "model",
-    "arguments",
-    "probe",
-    "seed",
-    "device",
-    "run_id",
-    "poll_interval",
-    "hints",
-    "listen",
-    "per_layer_metrics",
-    "state_dir",
-    "control",
-)
-SILENCE_LIMIT = 60.0  # seconds without a sign of life from the work loop before /healthz says so
 
 
 def watch(
@@ -72,6 +49,7 @@ def watch(
 ) -> int:
     """Watch one training run: judge its checkpoints and profiles, export metrics, and signal it when told to."""
     from rksp_monitor.config import read_settings
+    from rksp_monitor.session import Session
 
     flags = {
         "model": model,
@@ -85,7 +63,7 @@ def watch(
         "fail_on": fail_on,
     }
     settings = read_settings(config, flags)
-    session = _Session(
+    session = Session(
         run_folder,
         settings,
         serve=not once or listen is not None,
@@ -93,207 +71,3 @@ def watch(
         read=lambda: read_settings(config, flags),
     )
     return session.run(once=once, until_step=until_step, timeout=timeout, new_baseline=new_baseline)
-
-
-class _Session:
-    """One run of the command: owns the signals, the endpoint, the ledger and the worker."""
-
-    def __init__(
-        self, folder: Path, settings: Any, *, serve: bool, port_file: Path | None, read: Callable[[], Any]
-    ) -> None:
-        from rksp_monitor.log import make_logger
-        from rksp_monitor.metrics import Board
-        from rksp_monitor.supervisor import Notifier
-
-        self.folder, self.settings = folder, settings
-        self._serve, self._port_file, self._read = serve, port_file, read
-        self._hangup = threading.Event()
-        self._stop, self._wake = threading.Event(), threading.Event()
-        self._ended_by = ""
-        self._heartbeat = time.monotonic()
-        self._log, self._notifier = make_logger(), Notifier()
-        self._board = Board(_build_info(), per_layer=settings.per_layer_metrics)
-
-    def run(self, *, once: bool, until_step: int | None, timeout: float | None, new_baseline: bool) -> int:
-        from rksp_core.errors import ConfigError
-        from rksp_monitor.supervisor import signals
-
-        if once and not self.folder.is_dir():
-            raise ConfigError(f"there is no run folder {self.folder}")
-        with contextlib.ExitStack() as stack:
-            handlers = {
-                signal.SIGTERM: self._end("SIGTERM"),
-                signal.SIGINT: self._end("SIGINT"),
-                signal.SIGHUP: self._ask_for_reload,
-            }
-            stack.enter_context(signals(handlers))
-            if timeout is not None:
-                timer = threading.Timer(timeout, self._end("timeout"))
-                timer.daemon = True
-                timer.start()
-                stack.callback(timer.cancel)
-            if self._serve:
-                self._open_endpoint(stack)
-            self._notifier.send("READY=1")
-            stack.callback(self._notifier.send, "STOPPING=1")
-            if not once and not self._await_run():
-                return 3 if self._ended_by == "timeout" else 0
-            return self._watch(stack, once=once, until_step=until_step, new_baseline=new_baseline)
-
-    def _watch(self, stack: contextlib.ExitStack, *, once: bool, until_step: int | None, new_baseline: bool) -> int:
-        from rksp_core.control import ControlWriter
-        from rksp_core.policy import LEVELS
-        from rksp_monitor.daemon import Daemon
-        from rksp_monitor.ledger import open_ledger
-        from rksp_monitor.run import describe_run
-
-        settings, run = self.settings, describe_run(self.folder, self.settings)
-        ledger = stack.enter_context(open_ledger(run.ledger, run.name))
-        if new_baseline:
-            ledger.forget("drift/checkpoint", "drift/profile", "policy")
-        self._board.add_run(run.name, {})
-        info = self._describe(run)
-        self._log.info("watching", run=run.name, folder=str(run.folder), ledger=str(run.ledger), **info)
-        daemon = Daemon(
-            run.folder,
-            run.name,
-            settings,
-            ledger=ledger,
-            board=self._board,
-            log=self._log.bind(run=run.name),
-            replayer=self._worker(run, stack),
-            control=ControlWriter(run.control, mode=int(settings.control.mode, 8)),
-            stop=self._stop,
-            wake=self._wake,
-            tick=self._tick,
-            reload=lambda: self._reload(run),
-        )
-        outcome = daemon.run(once=once, until_step=until_step)
-        ended_by = self._ended_by or outcome.ended_by
-        self._log.info("stopped", by=ended_by, judged=outcome.judged, risk=LEVELS[outcome.level])
-        threshold = LEVELS.index(settings.fail_on) if settings.fail_on != "never" else len(LEVELS)
-        if outcome.level >= threshold:
-            return 1
-        nothing = ledger.counts()["done"] == 0
-        return 3 if (once and nothing) or (ended_by == "timeout" and (nothing or until_step is not None)) else 0
-
-    def _worker(self, run: Any, stack: contextlib.ExitStack) -> Any:
-        """Return what replays checkpoints; it starts its process when the first one comes."""
-        from rksp_monitor.replay import ReplayWorker
-        from rksp_monitor.subject import SubjectSettings
-
-        if run.model is None:
-            return None
-        settings, replay = self.settings, self.settings.replay
-        subject = SubjectSettings(
-            model=run.model,
-            arguments=settings.arguments,
-            probe=None if run.probe is None else str(run.probe),
-            seed=settings.seed,
-            device=settings.device,
-            samples=replay.samples,
-            sequences=replay.sequences,
-            length=replay.length,
-        )
-        worker = ReplayWorker(
-            subject,
-            timeout=replay.timeout,
-            niceness=replay.niceness,
-            threads=replay.threads,
-            stop=self._stop,
-            started=lambda described: self._log.info("replay worker is ready", **described),
-        )
-        stack.callback(worker.close)
-        return worker
-
-    def _open_endpoint(self, stack: contextlib.ExitStack) -> None:
-        from rksp_core.atomic import write_atomic
-        from rksp_monitor.endpoint import serve
-        from rksp_monitor.metrics import registry_of
-
-        silence: float = max(SILENCE_LIMIT, 3 * self.settings.poll_interval)
-
-        def healthy() -> bool:
-            return time.monotonic() - self._heartbeat < silence
-
-        address = stack.enter_context(
-            serve(self.settings.listen, registry_of(self._board), healthy=healthy, ready=lambda: True)
-        )
-        self._log.info("serving", address=address)
-        if self._port_file is not None:
-            write_atomic(self._port_file, address + "\n")
-
-    def _await_run(self) -> bool:
-        """Wait until the trainer made its folder: the run's name and model are read from it."""
-        from rksp_monitor.discovery import Scanner
-        from rksp_monitor.run import CONFIG
-
-        if not self.folder.is_dir():
-            self._log.info("waiting for the run folder", folder=str(self.folder))
-        scanner = Scanner(self.folder)
-        while not self._stop.is_set():
-            self._tick()
-            known = self.settings.run_id is not None or (self.folder / CONFIG).is_file() or scanner.scan()
-            if known and self.folder.is_dir():
-                return True
-            self._wake.wait(min(1.0, self.settings.poll_interval))
-        return False
-
-    def _ask_for_reload(self) -> None:
-        self._hangup.set()
-        self._wake.set()
-
-    def _describe(self, run: Any) -> dict[str, str]:
-        """Export what the info metric says of the run, and return it."""
-        info = {
-            "model": run.model or "",
-            "probe": str(run.probe or "random tokens"),
-            "mode": "enforce" if self.settings.enforce else "observe",
-        }
-        self._board.describe_run(run.name, info)
-        return info
-
-    def _reload(self, run: Any) -> Any:
-        """Return the settings read again after a SIGHUP, or None; a bad file changes nothing."""
-        from rksp_core.errors import RkspError
-
-        if not self._hangup.is_set():
-            return None
-        self._hangup.clear()
-        self._notifier.send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        try:
-            fresh = self._read()
-        except RkspError as error:
-            self._log.error("settings not reloaded", problem=str(error))
-            return None
-        finally:
-            self._notifier.send("READY=1")
-        fixed = [name for name in FIXED if getattr(fresh, name) != getattr(self.settings, name)]
-        if fixed:
-            self._log.warning("these settings take effect at the next start", settings=fixed)
-            fresh = fresh.model_copy(update={name: getattr(self.settings, name) for name in fixed})
-        self.settings = fresh
-        self._log.info("settings reloaded", mode=self._describe(run)["mode"])
-        return fresh
-
-    def _tick(self) -> None:
-        self._heartbeat = time.monotonic()
-        self._notifier.send("WATCHDOG=1")
-
-    def _end(self, why: str) -> Callable[[], None]:
-        def end() -> None:
-            self._ended_by = self._ended_by or why
-            self._stop.set()
-            self._wake.set()
-
-        return end
-
-
-def _build_info() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        own = version("rksp")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        own = "unknown"
-    return {"version": own, "python": platform.python_version(), "platform": platform.machine()}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rksp_core.drift import FEATURES, DriftState, features, identity, measure
+from rksp_core.drift import FEATURES, DriftState, features, identity, measure, rewind
 from rksp_core.errors import ProfileError
 from rksp_core.profile import ModelProfile
 from tests.core.profiles import layer, profile
@@ -89,6 +89,17 @@ def test_an_event_that_comes_late_moves_no_average():
     assert after is state
     assert drift.late
     assert drift.from_baseline("near_unit_mass_min") == pytest.approx(-0.7)
+
+
+def test_a_rewound_run_keeps_its_baseline_and_starts_a_new_average():
+    state, _ = follow({10: profile(), 20: profile(near_unit_mass=0.4)})
+    assert state is not None
+    after, drift = measure(rewind(state, 15), profile(near_unit_mass=0.7), 15)
+    assert not drift.late
+    assert drift.from_trailing("near_unit_mass_min") is None
+    assert drift.from_baseline("near_unit_mass_min") == pytest.approx(-0.1)
+    assert after is not None
+    assert (after.step, after.trailing["near_unit_mass_min"]) == (15, 0.7)
 
 
 @pytest.mark.parametrize("other", [profile(probe="bb"), profile(settings={"eps": 1e-4})])

@@ -254,6 +254,19 @@ def test_an_old_checkpoint_does_not_clear_what_newer_profiles_raised(bench: Benc
     assert bench.gauge("rksp_risk_level") == 2
 
 
+def test_a_run_that_goes_back_to_an_earlier_step_is_followed_there(bench: Bench):
+    bench.healthy(100)
+    bench.writer.write(profile(loss=99.0), 110, loss=99.0)
+    assert bench.run().level == 3
+    bench.healthy(200, since=60)  # rolled back to step 50, with a lower rate
+    bench.run()
+    assert [log["step"] for log in bench.logs if log["event"] == "rewound"] == [60]
+    assert bench.gauge("rksp_risk_level") == 0
+    assert bench.gauge("rksp_checkpoint_last_processed_step") == 200
+    with bench.ledger() as ledger:
+        assert ledger.load("drift/profile")["baseline_step"] == 10
+
+
 def test_a_step_that_comes_late_is_kept_and_moves_nothing(bench: Bench):
     bench.healthy(100)
     bench.run()
