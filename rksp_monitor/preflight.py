@@ -33,6 +33,8 @@ NO_PROBABILITY = (
     "larger means riskier, and only within one kind of model"
 )
 
+_IGNORED = -100  # no target
+
 Progress = Callable[[int, int, str], None]
 Loss = Callable[[Any, Any], Any]
 
@@ -184,13 +186,15 @@ def memory_limit(device: torch.device | str) -> Iterator[None]:
 
 def next_token_loss(output: Any, batch: Any) -> Any:
     """Return the mean cross-entropy of predicting each next token; padding (``attention_mask`` 0) does not count."""
+    import torch
     from torch.nn import functional
 
     tokens = batch if not isinstance(batch, Mapping) else batch["input_ids"]
     mask = None if not isinstance(batch, Mapping) else batch.get("attention_mask")
-    targets = tokens[:, 1:] if mask is None else tokens[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-    logits = _logits(output)[:, :-1]
-    return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    targets = torch.full_like(tokens, _IGNORED)
+    targets[:, :-1] = tokens[:, 1:] if mask is None else tokens[:, 1:].masked_fill(mask[:, 1:] == 0, _IGNORED)
+    # The last position is ignored instead of cut off: a slice of the logits, the largest tensor of all, is a copy.
+    return functional.cross_entropy(_logits(output).flatten(0, 1).float(), targets.flatten(), ignore_index=_IGNORED)
 
 
 def _logits(output: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -145,8 +146,11 @@ def require_writable(path: Path) -> None:
         raise ConfigError(f"the output file {path} is a folder; name a file in it")
     if not folder.is_dir():
         raise ConfigError(f"the output file {path} cannot be written: there is no folder {folder}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"the output file {path} cannot be written: no permission in {folder}")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"the output file {path} cannot be written: {error.strerror} in {folder}") from error
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
+import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -147,9 +149,13 @@ def new_figure(width: float, height: float) -> Iterator[Figure]:
 
 
 def inline_svg(figure: Figure, description: str) -> str:
-    """Return the drawing without XML prologue, scaled to the page, with a description for those who do not see it."""
+    """Return the drawing without XML prologue, scaled to the page, with a description for those who do not see it.
+
+    Ids get a prefix made of the description: matplotlib numbers them anew in each drawing, and they share one page.
+    """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     drawing = buffer.getvalue()
-    start = drawing.index("<svg")
-    return drawing[start:].replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
+    prefix = f"f{zlib.crc32(description.encode()):08x}-"
+    drawing = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", drawing[drawing.index("<svg") :])
+    return drawing.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
