@@ -17,16 +17,17 @@ from typing import Any, Protocol
 
 from structlog.typing import FilteringBoundLogger
 
-from rksp_core.control import ControlWriter, Desired, KSSSettings
+from rksp_core.control import ControlWriter
 from rksp_core.drift import DriftState, measure, rewind
 from rksp_core.errors import CheckpointError, ControlError, ExpiredCheckpoint, ProfileError, RkspError
 from rksp_core.policy import LEVELS, Decision, Evidence, PolicyState, decide
 from rksp_core.profile import ModelProfile
-from rksp_monitor.checkpoints import FORMATS
+from rksp_monitor.checkpoints import FORMATS, Kind
 from rksp_monitor.config import WatchSettings
-from rksp_monitor.discovery import Sighting, watch
+from rksp_monitor.discovery import Scanner, Sighting, watch
 from rksp_monitor.ledger import Event, Ledger
 from rksp_monitor.metrics import Board
+from rksp_monitor.orders import Orders
 
 RETRY_LIMIT = 300.0  # seconds: the back-off stops doubling here
 
@@ -92,12 +93,14 @@ class Daemon:
         self.settings = settings
         self._folder, self._run = folder, run
         self._ledger, self._board, self._log = ledger, board, log
-        self._replayer, self._control = replayer, control
+        self._replayer, self._orders = replayer, Orders(run, ledger, control)
+        self._scanner = Scanner(folder)
         self._stop, self._wake, self._tick, self._reload, self._clock = stop, wake, tick, reload, clock
         self._judged = 0
         self._state = self._policy_state()
         self._worst = self._state.level
-        self._gone: set[int] = set()
+        self._furthest = -1
+        self._last_scan = time.monotonic()
 
     def run(self, *, once: bool = False, until_step: int | None = None) -> Outcome:
         """Work until ``stop`` is set, ``once`` everything there is done, or ``until_step`` is judged."""
@@ -107,16 +110,16 @@ class Daemon:
         self._export_control()
         settings = self.settings
         scans = watch(
-            self._folder, stop=self._stop, wake=self._wake, interval=settings.poll_interval, hints=settings.hints
+            self._scanner, stop=self._stop, wake=self._wake, interval=settings.poll_interval, hints=settings.hints
         )
         for sightings in scans:
             self._tick()
             self._take_new_settings()
             self._note(sightings)
-            reached = self._work(until_step)
+            self._work()
             self._deliver()
             self._export_control()
-            if reached:
+            if until_step is not None and self._furthest >= until_step:
                 return Outcome(self._judged, self._worst, "until_step")
             waiting = any(sighting.settling for sighting in sightings) or self._ledger.counts()["ready"]
             if once and not waiting:
@@ -155,32 +158,46 @@ class Daemon:
                 self._close(event, "expired", "it vanished before it was read")
             elif event.status == "seen" and self._clock() - event.first_seen > self.settings.replay.incomplete_after:
                 self._close(event, "failed", f"it was never finished: {event.error}")
-        self._board.set(self._run, "rksp_checkpoint_backlog", self._ledger.counts()["ready"])
+        self._export_backlog()
+        self._last_scan = time.monotonic()
 
     # -- work
 
-    def _work(self, until_step: int | None) -> bool:
-        """Process what is ready, lowest step first; return whether ``until_step`` was judged.
+    def _work(self) -> None:
+        """Judge every profile that is ready, then one checkpoint: its replay takes long enough for others to appear."""
+        self._judge_profiles()
+        event = self._next("checkpoint")
+        if event is not None:
+            self._process(event)
+            self._export_backlog()
+        if self._next() is not None:
+            self._wake.set()
 
-        A replay takes long enough for others to appear or vanish, so the next scan comes right after it.
-        """
-        while not self._stop.is_set() and (event := self._ledger.next_ready()) is not None:
+    def _judge_profiles(self) -> None:
+        """Judge the profiles that are ready, lowest step first: early warning does not wait for a replay."""
+        while (event := self._next("profile")) is not None:
             self._tick()
-            done = self._process(event)
-            self._board.set(self._run, "rksp_checkpoint_backlog", self._ledger.counts()["ready"])
-            if done and until_step is not None and event.step >= until_step:
-                return True
-            if event.kind == "checkpoint":
-                if self._ledger.next_ready() is not None:
-                    self._wake.set()
-                break
-        return False
+            self._process(event)
+            self._export_backlog()
 
-    def _process(self, event: Event) -> bool:
-        """Process one event, whatever it is; return whether it was judged."""
+    def _next(self, kind: Kind | None = None) -> Event | None:
+        return None if self._stop.is_set() else self._ledger.next_ready(kind)
+
+    def _while_replaying(self) -> None:
+        """Go on scanning, and judging the trainer's own profiles, at the usual interval."""
+        self._tick()
+        if time.monotonic() - self._last_scan > self.settings.poll_interval:
+            self._note(self._scanner.scan())
+            self._judge_profiles()
+
+    def _export_backlog(self) -> None:
+        self._board.set(self._run, "rksp_checkpoint_backlog", self._ledger.counts()["ready"])
+
+    def _process(self, event: Event) -> None:
+        """Process one event; whatever it is, it leaves an outcome in the ledger."""
         if event.kind == "checkpoint" and self._replayer is None:
             self._close(event, "skipped", "there is no model to load it into; give --model")
-            return False
+            return
         before, event = event, dataclasses.replace(event, attempts=event.attempts + 1)
         self._ledger.claim(before)
         try:
@@ -201,9 +218,6 @@ class Daemon:
         except Exception as error:  # noqa: BLE001 - whatever a document made us do, the next one may be good
             self._log.exception("unexpected", step=event.step, path=str(event.path))
             self._fail(event, f"{event.path.name} cannot be judged ({type(error).__name__}: {error})")
-        else:
-            return True
-        return False
 
     def _profile(self, event: Event) -> ModelProfile:
         """Return the event's profile: the trainer's own, or that of a replay."""
@@ -212,7 +226,7 @@ class Daemon:
         assert self._replayer is not None  # noqa: S101 - `_process` skips checkpoints otherwise
         restarts, start = self._replayer.restarts, time.monotonic()
         try:
-            profile = self._replayer.replay(event.path, tick=self._tick)
+            profile = self._replayer.replay(event.path, tick=self._while_replaying)
         finally:
             self._board.count(self._run, "rksp_replay_worker_restarts_total", self._replayer.restarts - restarts)
         self._board.observe_replay(self._run, time.monotonic() - start)
@@ -232,13 +246,13 @@ class Daemon:
         documents: dict[str, Any] = {"policy": state.to_dict()}
         if after is not None:
             documents[name] = after.to_dict()
-        order = self._order(decision)
-        if order is not None:
-            documents["order"] = order.to_dict()
+        if self.settings.enforce:
+            documents |= self._orders.prepare(decision, self.settings.policy.expires_in)
         self._ledger.finish(event, profile.to_dict(eigenvalues=False), documents)
         self._state = state
         self._worst = max(self._worst, state.level)
         self._judged += 1
+        self._furthest = max(self._furthest, event.step)
         self._deliver()
         self._report(event, profile, decision)
         if not decision.late:
@@ -289,48 +303,22 @@ class Daemon:
     # -- control
 
     def _policy_state(self) -> PolicyState:
-        """Return the stored state; when enforcing, what was ordered is what the ledger says was really issued."""
         stored = self._ledger.load("policy")
         state = PolicyState.from_dict(stored) if stored else PolicyState()
-        if not self.settings.enforce:
-            return state
-        order = self._issued()
-        if order is None:
-            return dataclasses.replace(
-                state, ordered=KSSSettings(), ordered_level=0, ordered_step=None, ordered_at=None
-            )
-        return dataclasses.replace(state, ordered=order.kss, ordered_level=order.reason.risk_level)
-
-    def _issued(self) -> Desired | None:
-        stored = self._ledger.load("order")
-        return Desired.from_dict(stored) if stored else None
-
-    def _order(self, decision: Decision) -> Desired | None:
-        """Prepare the order that the decision asks for; observing, there is none."""
-        if decision.order is None or not self.settings.enforce:
-            return None
-        issued = self._issued()
-        return self._control.prepare(
-            self._run,
-            decision.order,
-            decision.reason,
-            known=issued.generation if issued else 0,
-            expires_in=self.settings.policy.expires_in,
-        )
+        return self._orders.reconcile(state) if self.settings.enforce else state
 
     def _deliver(self) -> None:
-        """Write the last order of the ledger unless the trainer has it: after a crash, or a full disk, once more."""
-        order = self._issued() if self.settings.enforce else None
-        if order is None or self._control.desired_generation() >= order.generation:
+        """Give the trainer the last order; a control folder that cannot be written is tried again at the next scan."""
+        if not self.settings.enforce:
             return
         try:
-            self._control.write(order)
+            self._orders.deliver()
         except ControlError as error:
             self._log.error("order not written", problem=str(error))
 
     def _export_control(self) -> None:
         """Export the orders, the acknowledgement, and the level."""
-        order, applied = self._issued(), self._control.applied()
+        order, applied = self._orders.last, self._orders.acknowledgement()
         expires_in = self.settings.policy.expires_in
         ordered_at = self._state.ordered_at
         expired = expires_in is not None and ordered_at is not None and self._clock() > ordered_at + expires_in
@@ -340,7 +328,7 @@ class Daemon:
             "rksp_control_desired_generation": order.generation if order else 0,
             "rksp_control_applied_generation": 0,
         }
-        if applied is not None and applied.run_id == self._run:
+        if applied is not None:
             values["rksp_kss_applied_weight"] = applied.active_kss.alpha
             values["rksp_control_applied_generation"] = applied.active_generation
         for name, value in values.items():

@@ -83,14 +83,14 @@ class Scanner:
 
 
 def watch(
-    folder: Path, *, stop: threading.Event, wake: threading.Event, interval: float, hints: bool = True
+    scanner: Scanner, *, stop: threading.Event, wake: threading.Event, interval: float, hints: bool = True
 ) -> Iterator[list[Sighting]]:
     """Yield one scan after another until ``stop`` is set.
 
     Parameters
     ----------
-    folder
-        The run folder; it may appear later.
+    scanner
+        Of the run folder, which may appear later.
     stop, wake
         Whoever sets ``stop`` sets ``wake`` as well, which ends the wait between two scans.
     interval
@@ -98,7 +98,7 @@ def watch(
     hints
         Whether to ask the operating system for file events.
     """
-    scanner = Scanner(folder)
+    folder = scanner.folder
     with contextlib.ExitStack() as stack:
         listening = not hints
         while not stop.is_set():

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import filelock
 
 from rksp_core.errors import ConfigError
+from rksp_monitor.checkpoints import Kind
 from rksp_monitor.discovery import Sighting
 
 Status = Literal["seen", "ready", "processing", "done", "failed", "expired", "skipped"]
@@ -127,14 +128,14 @@ class Ledger:
         rows = self._database.execute("SELECT status, COUNT(*) FROM events WHERE run = ? GROUP BY status", (self._run,))
         return dict.fromkeys(STATUSES, 0) | dict(rows)
 
-    def next_ready(self) -> Event | None:
-        """Return the ready event of the lowest step whose back-off is over."""
-        rows = self._database.execute(
-            f"SELECT {_COLUMNS} FROM events "  # noqa: S608
-            "WHERE run = ? AND status = 'ready' AND not_before <= ? ORDER BY step, kind DESC, first_seen LIMIT 1",
-            (self._run, self._clock()),
-        ).fetchall()
-        return _event(rows[0]) if rows else None
+    def next_ready(self, kind: Kind | None = None) -> Event | None:
+        """Return the ready event (of a kind) of the lowest step whose back-off is over."""
+        row = self._database.execute(
+            f"SELECT {_COLUMNS} FROM events WHERE run = ? AND status = 'ready' AND not_before <= ? "  # noqa: S608
+            "AND kind = coalesce(?, kind) ORDER BY step, kind DESC, first_seen LIMIT 1",
+            (self._run, self._clock(), kind),
+        ).fetchone()
+        return _event(row) if row else None
 
     def claim(self, event: Event) -> None:
         """Mark the event as being processed; the attempt is counted before it starts, should it kill us."""

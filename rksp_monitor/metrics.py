@@ -25,7 +25,8 @@ from prometheus_client.registry import Collector as BaseCollector
 from rksp_core.drift import Drift
 from rksp_core.profile import ModelProfile
 
-Reader = Callable[[ModelProfile, Drift], float | None]
+Summary = Mapping[str, Mapping[str, float | None]]
+Reader = Callable[[Summary, Drift], float | None]
 
 REPLAY_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
@@ -43,7 +44,7 @@ class Definition:
 
 
 def _over_layers(name: str, aggregate: str) -> Reader:
-    return lambda profile, _: profile.summary[name][aggregate]
+    return lambda summary, _: summary[name][aggregate]
 
 
 def _gauge(name: str, text: str, read: Reader | None = None) -> Definition:
@@ -206,9 +207,10 @@ class Board:
 
     def show(self, run: str, profile: ModelProfile, drift: Drift) -> None:
         """Set every gauge that a judged event sets; what it does not know has no series."""
+        summary = profile.summary
         for definition in METRICS:
             if definition.read is not None:
-                self.set(run, definition.name, definition.read(profile, drift))
+                self.set(run, definition.name, definition.read(summary, drift))
         if not self._per_layer:
             return
         layers = {

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,9 +287,26 @@ def test_a_document_that_makes_us_stumble_fails_alone(bench: Bench):
     assert bench.statuses() == {10: "done", 15: "failed", 20: "done"}
 
 
+def test_profiles_are_judged_while_a_checkpoint_is_replayed(bench: Bench):
+    class Slow(FakeReplayer):
+        def replay(self, path: Path, *, tick: Callable[[], None]) -> ModelProfile:
+            bench.writer.write(profile(**ALARM), 110)
+            end = time.monotonic() + 10
+            while not (bench.folder / "control" / "desired.json").exists() and time.monotonic() < end:
+                tick()
+            return super().replay(path, tick=tick)
+
+    bench.healthy(100)
+    tiny_model.save_folder(bench.folder, 105)
+    assert bench.run(Slow({}), enforce=True).judged == 12
+    judged = [log["step"] for log in bench.logs if log["event"] == "judged"]
+    assert judged[-2:] == [110, 105]
+    assert desired(bench)["reason"]["checkpoint_step"] == 110
+
+
 def test_until_step_ends_the_watch(bench: Bench):
     bench.healthy(100)
-    assert bench.run(until_step=50) == Outcome(5, 0, "until_step")
+    assert bench.run(until_step=50).ended_by == "until_step"
 
 
 def test_a_stop_during_a_replay_gives_the_event_back(bench: Bench):

@@ -109,7 +109,7 @@ def first_complete(tmp_path: Path, write, *, hints: bool, interval: float) -> li
     guard.start()
     writer = None
     try:
-        for sightings in watch(tmp_path, stop=stop, wake=wake, interval=interval, hints=hints):
+        for sightings in watch(Scanner(tmp_path), stop=stop, wake=wake, interval=interval, hints=hints):
             if done := steps(sightings, complete=True):
                 return done
             if writer is None:
@@ -141,7 +141,7 @@ def test_watching_works_where_file_events_fail(tmp_path: Path, monkeypatch: pyte
 
 def test_stop_ends_the_generator_at_once(tmp_path: Path):
     stop, wake = threading.Event(), threading.Event()
-    scans = watch(tmp_path, stop=stop, wake=wake, interval=3600)
+    scans = watch(Scanner(tmp_path), stop=stop, wake=wake, interval=3600)
     next(scans)
     threading.Timer(0.1, lambda: (stop.set(), wake.set())).start()
     assert list(scans) == []

@@ -1,0 +1,65 @@
+"""The monitor's orders to one trainer: prepared with the ledger's knowledge, delivered after the ledger holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from rksp_core.control import Acknowledgement, ControlWriter, Desired, KSSSettings
+from rksp_core.policy import Decision, PolicyState
+from rksp_monitor.ledger import Ledger
+
+STATE = "order"  # the ledger's name for the last order
+
+
+class Orders:
+    """Orders of one run.
+
+    An order is stored in the ledger, in the transaction of the event that led to it, before it is written; so a crash
+    between the two repeats the same order with the same generation, and never gives a generation twice.
+    """
+
+    def __init__(self, run: str, ledger: Ledger, control: ControlWriter) -> None:
+        self._run, self._ledger, self._control = run, ledger, control
+
+    @property
+    def last(self) -> Desired | None:
+        """The order of the largest generation in the ledger."""
+        stored = self._ledger.load(STATE)
+        return Desired.from_dict(stored) if stored else None
+
+    def prepare(self, decision: Decision, expires_in: float | None) -> Mapping[str, Mapping[str, Any]]:
+        """Return the documents to store in the ledger for a decision: the next order, or nothing."""
+        if decision.order is None:
+            return {}
+        last = self.last
+        known = last.generation if last else 0
+        order = self._control.prepare(self._run, decision.order, decision.reason, known=known, expires_in=expires_in)
+        return {STATE: order.to_dict()}
+
+    def deliver(self) -> None:
+        """Write the last order unless it is there: the first time, or again after a crash or a full disk.
+
+        Raises
+        ------
+        ControlError
+            When the control folder cannot be written.
+        """
+        last = self.last
+        if last is not None and self._control.desired_generation() < last.generation:
+            self._control.write(last)
+
+    def reconcile(self, state: PolicyState) -> PolicyState:
+        """Return the policy's state with what was really ordered, for a monitor that only observed before."""
+        last = self.last
+        if last is None:
+            return dataclasses.replace(
+                state, ordered=KSSSettings(), ordered_level=0, ordered_step=None, ordered_at=None
+            )
+        return dataclasses.replace(state, ordered=last.kss, ordered_level=last.reason.risk_level)
+
+    def acknowledgement(self) -> Acknowledgement | None:
+        """Return this run's trainer's last acknowledgement, if any."""
+        applied = self._control.applied()
+        return applied if applied is not None and applied.run_id == self._run else None
