@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -121,7 +122,7 @@ def preflight(
         blocks = find_blocks(module, settings.blocks)
         batch = model_input(probe, module, device, dtype)
 
-        def profile_again(changed: nn.Module, report: Progress | None = None) -> ModelProfile:
+        def profile_again(changed: nn.Module) -> ModelProfile:
             with layer_threads() as executor:
                 return profile_model(
                     changed,
@@ -131,13 +132,13 @@ def preflight(
                     seed=settings.seed,
                     micro_batch=settings.micro_batch,
                     executor=executor,
-                    progress=report,
+                    progress=progress,
                     probe=probe.to_dict(),
                 )
 
-        profile = profile_again(module, progress)
+        profile = profile_again(module)
         _require_finite(profile.layers)
-        ahead = _look_ahead(model, module, batch, settings, profile_again)
+        ahead = _look_ahead(model, module, batch, settings, profile_again, progress)
     normalized = has_normalization(block.module for block in blocks)
     width = max(layer.width for layer in profile.layers)
     standard = settings.standard_rate or standard_learning_rate(width, settings.optimizer)
@@ -207,6 +208,7 @@ def _look_ahead(
     batch: Batch,
     settings: Settings,
     profile: Callable[[nn.Module], ModelProfile],
+    progress: Progress | None,
 ) -> LookAhead | str | None:
     """Return the look-ahead, the reason why there is none, or None when none was asked for."""
     from rksp_core.lookahead import look_ahead
@@ -222,7 +224,7 @@ def _look_ahead(
     return look_ahead(
         module,
         batch,
-        loss,
+        _counted(loss, settings.steps, progress),
         learning_rate=settings.learning_rate,
         optimizer=cast("OptimizerName", settings.optimizer),
         steps=settings.steps,
@@ -230,6 +232,19 @@ def _look_ahead(
         blocks=settings.blocks,
         profile=profile,
     )
+
+
+def _counted(loss: Loss, steps: int, progress: Progress | None) -> Loss:
+    """Return the loss that also reports each step of the look-ahead, which takes one loss a step."""
+    if progress is None:
+        return loss
+    done = itertools.count(1)
+
+    def counted(output: Any, batch: Any) -> Any:
+        progress(next(done), steps, "look-ahead")
+        return loss(output, batch)
+
+    return counted
 
 
 def _no_next_token_loss(model: LoadedModel, module: nn.Module, batch: Batch) -> str:

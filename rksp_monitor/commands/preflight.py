@@ -73,28 +73,28 @@ def preflight(
     """Look at a model before it is trained: the spectra of its residual stream, warnings, and a decision."""
     if output_file is not None:
         require_writable(output_file)
-    from rksp_core.device import choose_device, parse_dtype
-    from rksp_monitor.models import load_model
-    from rksp_monitor.preflight import Settings, memory_limit
-    from rksp_monitor.preflight import preflight as look
-
-    place, precision = choose_device(device), None if dtype is None else parse_dtype(dtype)
-    with memory_limit(place):
-        loaded = load_model(model, arguments=parse_arguments(arg or []), seed=seed)
-    batch = _probe(probe, loaded, seed)
-    settings = Settings(
-        blocks=blocks,
-        samples=samples,
-        seed=seed,
-        micro_batch=micro_batch,
-        learning_rate=lr,
-        standard_rate=standard_lr,
-        optimizer=optimizer,
-        depth=depth,
-        steps=look_ahead_steps,
-        loss=None if loss is None else _loss(loss),
-    )
     with progress_bar() as progress:
+        from rksp_core.device import choose_device, parse_dtype
+        from rksp_monitor.models import load_model
+        from rksp_monitor.preflight import Settings, memory_limit
+        from rksp_monitor.preflight import preflight as look
+
+        place, precision = choose_device(device), None if dtype is None else parse_dtype(dtype)
+        with memory_limit(place):
+            loaded = load_model(model, arguments=parse_arguments(arg or []), seed=seed)
+        settings = Settings(
+            blocks=blocks,
+            samples=samples,
+            seed=seed,
+            micro_batch=micro_batch,
+            learning_rate=lr,
+            standard_rate=standard_lr,
+            optimizer=optimizer,
+            depth=depth,
+            steps=look_ahead_steps,
+            loss=None if loss is None else _loss(loss),
+        )
+        batch = _probe(probe, loaded, seed)
         report = look(loaded, batch, settings, device=place, dtype=precision, progress=progress)
     _emit(report, form, output_file)
     return exit_code(report.decision, fail_on, on_inconclusive, exit_zero=exit_zero)
@@ -155,7 +155,7 @@ def require_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress | None]:
-    """Show the layers done, on stderr, where stderr is a terminal."""
+    """Show what is done, on stderr, where stderr is a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -164,7 +164,7 @@ def progress_bar() -> Iterator[Progress | None]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("forward pass", total=None)
+        task = bar.add_task("model and forward pass", total=None)
         yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
 
 
