@@ -71,12 +71,15 @@ class Ledger:
         self._database = database
         self._run = run
         self._clock = clock
+        self._recorded: set[tuple[Path, str]] = set()  # complete ones: every scan sees them all again
         database.executescript(_SCHEMA)
 
     # -- events
 
     def record(self, sighting: Sighting) -> bool:
         """Note what a scan saw; return whether it is new: never seen, or complete for the first time."""
+        if (sighting.path, sighting.fingerprint) in self._recorded:
+            return False
         key = (self._run, sighting.kind, sighting.step, str(sighting.path))
         now = self._clock()
         with self._transaction():
@@ -91,7 +94,8 @@ class Ledger:
                     f"WHERE {same} AND fingerprint != ? AND status = 'ready'",
                     (now, *key, sighting.fingerprint),
                 )
-            return fresh
+        self._recorded.add((sighting.path, sighting.fingerprint))
+        return fresh
 
     def _insert(self, sighting: Sighting, fingerprint: str, status: Status, error: str, now: float) -> bool:
         inserted = self._database.execute(
