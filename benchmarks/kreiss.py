@@ -48,7 +48,7 @@ def against_the_grid(A: Tensor, points: int) -> None:
     value, grid = timed(lambda: grid_of_svds(A, found.theta, points), 1)
     print(f"d = {len(A)}: search                  {search:8.3f} s   K = {found.value:.9f}")
     print(
-        f"         grid of {points} SVDs       {grid:8.3f} s   K = {value:.9f}   the search is {found.value / value - 1:+.1e} above"
+        f"         grid of {points} SVDs       {grid:8.3f} s   K = {value:.9f}   search {found.value / value - 1:+.1e}"
     )
     print(
         f"         ratio {grid / search:.0f}, and {grid / (search + decomposition):.0f} with the eigensystem's", end=" "
