@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rksp_core.errors import ModelError
+from rksp_core.errors import ModelError, RkspError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -156,7 +156,7 @@ def user_code(what: str) -> Iterator[None]:
     """Turn whatever a user's code raises into one sentence that names the exception and its line."""
     try:
         yield
-    except (MemoryError, KeyboardInterrupt):
+    except (RkspError, MemoryError, KeyboardInterrupt):
         raise
     except (Exception, SystemExit) as error:
         if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):

@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from rksp_core.errors import MemoryLimitError, NotFiniteError
 from rksp_core.profile import LayerProfile, ModelProfile
 from rksp_core.risk import RATE_FACTOR, Decision, decide, standard_learning_rate
+from rksp_monitor.baselines import Loss, Progress, baseline_scores, largest_loss, take_look_ahead
 from rksp_monitor.layer_threads import layer_threads
 from rksp_monitor.probe import Probe, check_probe, model_input
 
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from rksp_core.batch import Batch
-    from rksp_core.lookahead import LookAhead, OptimizerName
+    from rksp_core.lookahead import LookAhead
     from rksp_monitor.models import LoadedModel
 
 SCHEMA = "rksp.preflight/1"
@@ -33,11 +31,6 @@ NO_PROBABILITY = (
     "no calibrated risk model covers this model: what the baselines say is a score, not a probability; "
     "larger means riskier, and only within one kind of model"
 )
-
-_IGNORED = -100  # no target
-
-Progress = Callable[[int, int, str], None]
-Loss = Callable[[Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -138,7 +131,7 @@ def preflight(
 
         profile = profile_again(module)
         _require_finite(profile.layers)
-        ahead = _look_ahead(model, module, batch, settings, profile_again, progress)
+        ahead = take_look_ahead(model, module, batch, settings, profile_again, progress)
     normalized = has_normalization(block.module for block in blocks)
     width = max(layer.width for layer in profile.layers)
     standard = settings.standard_rate or standard_learning_rate(width, settings.optimizer)
@@ -147,13 +140,13 @@ def preflight(
         normalized=normalized,
         learning_rate=settings.learning_rate,
         standard_rate=standard,
-        look_ahead_loss=None if ahead is None or isinstance(ahead, str) else _largest(ahead),
+        look_ahead_loss=largest_loss(ahead),
     )
     return PreflightReport(
         model=_describe(model, module, normalized),
         profile=profile,
         decision=decision,
-        baselines=_baselines(profile, settings, standard, ahead),
+        baselines=baseline_scores(profile, settings, standard, ahead),
         warnings=tuple(_warnings(model, probe, profile, settings, standard, ahead)),
     )
 
@@ -185,90 +178,6 @@ def memory_limit(device: torch.device | str) -> Iterator[None]:
         ) from error
 
 
-def next_token_loss(output: Any, batch: Any) -> Any:
-    """Return the mean cross-entropy of predicting each next token; padding (``attention_mask`` 0) does not count."""
-    import torch
-    from torch.nn import functional
-
-    tokens = batch if not isinstance(batch, Mapping) else batch["input_ids"]
-    mask = None if not isinstance(batch, Mapping) else batch.get("attention_mask")
-    targets = torch.full_like(tokens, _IGNORED)
-    targets[:, :-1] = tokens[:, 1:] if mask is None else tokens[:, 1:].masked_fill(mask[:, 1:] == 0, _IGNORED)
-    # The last position is ignored instead of cut off: a slice of the logits, the largest tensor of all, is a copy.
-    return functional.cross_entropy(_logits(output).flatten(0, 1).float(), targets.flatten(), ignore_index=_IGNORED)
-
-
-def _logits(output: Any) -> Any:
-    return getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
-
-
-def _look_ahead(
-    model: LoadedModel,
-    module: nn.Module,
-    batch: Batch,
-    settings: Settings,
-    profile: Callable[[nn.Module], ModelProfile],
-    progress: Progress | None,
-) -> LookAhead | str | None:
-    """Return the look-ahead, the reason why there is none, or None when none was asked for."""
-    from rksp_core.lookahead import look_ahead
-
-    if settings.learning_rate is None:
-        return None
-    loss = settings.loss
-    if loss is None:
-        reason = _no_next_token_loss(model, module, batch)
-        if reason:
-            return reason
-        loss = next_token_loss
-    return look_ahead(
-        module,
-        batch,
-        _counted(loss, settings.steps, progress),
-        learning_rate=settings.learning_rate,
-        optimizer=cast("OptimizerName", settings.optimizer),
-        steps=settings.steps,
-        seed=settings.seed,
-        blocks=settings.blocks,
-        profile=profile,
-    )
-
-
-def _counted(loss: Loss, steps: int, progress: Progress | None) -> Loss:
-    """Return the loss that also reports each step of the look-ahead, which takes one loss a step."""
-    if progress is None:
-        return loss
-    done = itertools.count(1)
-
-    def counted(output: Any, batch: Any) -> Any:
-        progress(next(done), steps, "look-ahead")
-        return loss(output, batch)
-
-    return counted
-
-
-def _no_next_token_loss(model: LoadedModel, module: nn.Module, batch: Batch) -> str:
-    """Say why next-token cross-entropy cannot be had, after a look at the output for one sequence; "" when it can."""
-    from torch import Tensor
-
-    from rksp_core.batch import call, part
-    from rksp_core.untouched import evaluating
-
-    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point():
-        return "the probe holds no tokens; give a loss with --loss module:function"
-    with evaluating(module):
-        logits = _logits(call(module, part(batch, 0, 1)))
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if shape == (1, tokens.shape[1], model.vocabulary):
-        return ""
-    vocabulary = model.vocabulary if model.vocabulary is not None else "unknown"
-    return (
-        f"the model returns {shape}, no logits over the vocabulary ({vocabulary}) for each token; "
-        "give a loss with --loss module:function"
-    )
-
-
 def _require_finite(layers: Iterable[LayerProfile]) -> None:
     for number, layer in enumerate(layers):
         if "not_finite" in layer.status:
@@ -276,46 +185,6 @@ def _require_finite(layers: Iterable[LayerProfile]) -> None:
                 f"activations are not finite, first in {layer.layer} (block {number} in depth order): "
                 "check the weights, lower the initial scale, or use a wider --dtype"
             )
-
-
-def _largest(ahead: LookAhead) -> float:
-    losses = [loss for loss in ahead.losses if loss is not None]
-    return max(losses, default=math.inf) if ahead.finite else math.inf
-
-
-def _baselines(
-    profile: ModelProfile, settings: Settings, standard: float | None, ahead: LookAhead | str | None
-) -> dict[str, Any]:
-    """Return the scores that say more than a spectrum does, uncalibrated, for the report."""
-    rate = settings.learning_rate
-    depth = settings.depth or len(profile.layers)
-    return {
-        "calibrated": False,
-        "learning_rate": rate,
-        "standard_learning_rate": standard,
-        "optimizer": settings.optimizer,
-        "depth": depth,
-        "learning_rate_times_depth": None if rate is None else rate * depth,
-        "near_unit_mass": profile.summary["near_unit_mass"]["mean"],
-        "look_ahead": _look_ahead_document(ahead),
-    }
-
-
-def _look_ahead_document(ahead: LookAhead | str | None) -> dict[str, Any]:
-    if ahead is None or isinstance(ahead, str):
-        return {"available": False, "reason": ahead or "no learning rate was given; --lr adds a look-ahead"}
-    return {
-        "available": True,
-        "reason": None,
-        "steps": ahead.steps,
-        "finite": ahead.finite,
-        "losses": list(ahead.losses),
-        "largest_loss": _largest(ahead) if math.isfinite(_largest(ahead)) else None,
-        "gradient_norms": list(ahead.gradient_norms),
-        "hidden_rms_before": ahead.hidden_rms_before,
-        "hidden_rms_after": ahead.hidden_rms_after,
-        "summary_after": None if ahead.profile is None else ahead.profile.summary,
-    }
 
 
 def _describe(model: LoadedModel, module: nn.Module, normalized: bool) -> dict[str, Any]:

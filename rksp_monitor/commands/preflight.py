@@ -17,8 +17,9 @@ from rksp_monitor.report import Format
 
 if TYPE_CHECKING:
     from rksp_core.risk import Decision
+    from rksp_monitor.baselines import Progress
     from rksp_monitor.models import LoadedModel
-    from rksp_monitor.preflight import PreflightReport, Progress
+    from rksp_monitor.preflight import PreflightReport
     from rksp_monitor.probe import Probe
 
 FailOn = Literal["monitor", "use_kss"]

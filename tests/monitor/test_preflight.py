@@ -9,9 +9,10 @@ import torch
 
 from rksp_core.errors import MemoryLimitError, ModelError, NoBlocksError, NotFiniteError, ProbeError
 from rksp_core.profile import ModelProfile
+from rksp_monitor.baselines import next_token_loss
 from rksp_monitor.commands.preflight import _loss
 from rksp_monitor.models import LoadedModel, load_model
-from rksp_monitor.preflight import PreflightReport, Settings, has_normalization, next_token_loss, preflight
+from rksp_monitor.preflight import PreflightReport, Settings, has_normalization, preflight
 from rksp_monitor.probe import Probe, default_probe, random_probe
 
 
