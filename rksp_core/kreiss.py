@@ -46,8 +46,8 @@ class KreissResult:
     Attributes
     ----------
     value : float
-        K_theta, at least 1; the largest value found, so a lower bound of the true one up to rounding. Right to 1e-6 below
-        1e9 or so; rounding (K / 2^52) makes the climb stop early above 1e12, and ``inf`` stands for values above 1e75.
+        K_theta, at least 1; the largest value found, so a lower bound of the true one up to rounding. Right to 1e-6
+        below 1e9 or so; rounding (K / 2^52) stops the climb early above 1e12, and ``inf`` stands for more than 1e75.
     theta : float
         The reference radius.
     point : complex
