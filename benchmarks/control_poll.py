@@ -20,7 +20,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rksp_core.control import ControlListener, ControlWriter, KSSSettings, Reason  # noqa: E402
+from rksp_core.control import ControlListener, ControlWriter  # noqa: E402
+from rksp_core.orders import KSSSettings, Reason  # noqa: E402
 from training.config import read_config  # noqa: E402
 from training.loop import advance  # noqa: E402
 from training.ranks import Ranks  # noqa: E402

@@ -70,7 +70,9 @@ def model(workers: int) -> None:
     before = peak()
     start = time.perf_counter()
     if workers:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             profile = profile_model(gpt2, ids, executor=pool)
     else:
         profile = profile_model(gpt2, ids)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rksp_core.capture import find_blocks
-    from rksp_core.control import ControlListener, ControlWriter, Desired, KSSSettings
+    from rksp_core.control import ControlListener, ControlWriter
     from rksp_core.kreiss import KreissResult, kreiss_constant, transient_growth
     from rksp_core.kss import KSSRegularizer, kss_loss
     from rksp_core.moments import Moments
+    from rksp_core.orders import Desired, KSSSettings
     from rksp_core.profile import LayerProfile, ModelProfile
     from rksp_core.profile_writer import ProfileWriter
     from rksp_core.profiling import profile_model
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 _HOME = {
     "ControlListener": "control",
     "ControlWriter": "control",
-    "Desired": "control",
+    "Desired": "orders",
     "KSSRegularizer": "kss",
-    "KSSSettings": "control",
+    "KSSSettings": "orders",
     "KreissResult": "kreiss",
     "LayerProfile": "profile",
     "ModelProfile": "profile",

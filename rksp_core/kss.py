@@ -23,9 +23,9 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from rksp_core.capture import Block, find_blocks, stream_of, stream_out
-from rksp_core.control import KSSSettings
 from rksp_core.dmd import leading_directions
 from rksp_core.moments import ROUNDING
+from rksp_core.orders import KSSSettings
 from rksp_core.spectrum import LOWER, UPPER
 
 Variant = Literal["paper", "hinge"]

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from rksp_core.control import KSSSettings, Reason
 from rksp_core.drift import FEATURES, Drift
 from rksp_core.errors import ConfigError
+from rksp_core.orders import KSSSettings, Reason
 
 LEVELS = ("ok", "elevated", "high", "critical")
 

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rksp_core.control import Acknowledgement, ControlWriter, Desired, KSSSettings
+from rksp_core.control import ControlWriter
+from rksp_core.orders import Acknowledgement, Desired, KSSSettings
 from rksp_core.policy import Decision, PolicyState
 from rksp_monitor.ledger import Ledger
 

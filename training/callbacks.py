@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rksp_core import ControlListener, KSSRegularizer, KSSSettings, ProfileWriter, profile_model
 from rksp_core.atomic import write_atomic
-from rksp_core.control import Desired
 from rksp_core.errors import ConfigError
+from rksp_core.orders import Desired
 from training.checkpoint import keep_newest, save_checkpoint
 from training.config import Config
 from training.ranks import Ranks

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rksp_core.control import Acknowledgement, ControlListener, ControlWriter, Desired, KSSSettings, Reason
+from rksp_core.control import ControlListener, ControlWriter
 from rksp_core.errors import ControlError
+from rksp_core.orders import Acknowledgement, Desired, KSSSettings, Reason
 
 ON = KSSSettings(alpha=0.15)
 

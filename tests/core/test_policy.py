@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rksp_core.control import KSSSettings
 from rksp_core.drift import Drift, measure
 from rksp_core.errors import ConfigError
+from rksp_core.orders import KSSSettings
 from rksp_core.policy import Condition, Decision, Evidence, Policy, PolicyState, Rule, decide
 from tests.core.profiles import profile
 

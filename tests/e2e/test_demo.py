@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rksp_core.control import Acknowledgement, Desired
+from rksp_core.orders import Acknowledgement, Desired
 from rksp_monitor.demo.page import Story, verdict
 
 ROOT = Path(__file__).parents[2]

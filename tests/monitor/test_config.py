@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rksp_core.control import KSSSettings
 from rksp_core.errors import ConfigError
+from rksp_core.orders import KSSSettings
 from rksp_monitor.cli import run
 from rksp_monitor.config import WatchSettings, read_settings
 

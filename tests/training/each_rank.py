@@ -8,7 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from rksp_core.control import ControlWriter, KSSSettings, Reason
+from rksp_core.control import ControlWriter
+from rksp_core.orders import KSSSettings, Reason
 from training.callbacks import Control
 from training.config import read_config
 from training.loop import advance

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rksp_core.control import ControlWriter, KSSSettings, Reason
+from rksp_core.control import ControlWriter
 from rksp_core.errors import CheckpointError, ConfigError
+from rksp_core.orders import KSSSettings, Reason
 from training.checkpoint import checkpoints, load_checkpoint
 from training.loop import train
 from training.ranks import Ranks
