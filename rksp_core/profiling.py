@@ -152,7 +152,7 @@ def profile_layer(
         kreiss_constant=kreiss.value,
         kreiss_theta=kreiss.theta,
         kreiss_classical=_finite(kreiss.classical),
-        transient_growth=transient_growth(operator.matrix, depth, kreiss.theta),
+        transient_growth=transient_growth(operator.matrix, depth, kreiss.theta, eigensystem=system),
         nonlinearity_ratio=operator.nonlinearity_ratio,
         update_ratio=operator.update_ratio,
         status=operator.status or ("ok",),
