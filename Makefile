@@ -8,8 +8,9 @@ RUNS ?= runs
 
 demo: setup  ## preflight of a pretrained model on real text, then one unstable run with and without the loop
 	$(BIN)/python scripts/real_models.py $(MODELS)
+	mkdir -p $(RUNS)
 	$(BIN)/rksp probe make $(RUNS)/probe.safetensors --text LICENSE --tokenizer $(MODELS)/smollm2-135m
-	-$(BIN)/rksp preflight $(MODELS)/smollm2-135m --probe $(RUNS)/probe.safetensors
+	$(BIN)/rksp preflight $(MODELS)/smollm2-135m --probe $(RUNS)/probe.safetensors --exit-zero
 	rm -rf $(RUNS)/demo
 	$(BIN)/rksp demo --output $(RUNS)/demo
 

@@ -43,7 +43,7 @@ def follow(arms: Sequence[Arm], console: Console) -> None:
             now = time.monotonic()
             if not console.is_terminal and now - spoken >= SPEAK_EVERY:
                 spoken = now
-                console.print(" | ".join(f"{arm.name}: {_line(arm.samples[-1])}" for arm in arms))
+                console.print(" | ".join(f"{arm.name}: {_line(arm.samples[-1])}" for arm in arms), soft_wrap=True)
             if not any(arm.training for arm in arms):
                 ended = ended or now
                 if all(arm.caught_up for arm in arms) or now - ended > CATCH_UP:
