@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint, IncompleteCheckpoint
+from rksp_core.profile_writer import FOLDER as PROFILES
 from rksp_monitor.checkpoints import FORMATS, Kind, format_of
-from rksp_monitor.checkpoints.names import is_candidate
+from rksp_monitor.checkpoints.names import is_candidate, step_in
 
 # Where trainers put things, relative to the run folder.
-FOLDERS = (".", "checkpoints", "profiles")
+FOLDERS = (".", "checkpoints", PROFILES)
 
 SETTLE_SECONDS = 0.5  # between the two looks that must agree before a weights file counts as written
 SHORTEST_WAIT = 0.1  # a burst of file events costs one scan
@@ -29,7 +30,7 @@ class Sighting:
     """Something seen in one scan. ``complete`` says that it can be read; ``problem`` why it cannot yet.
 
     A weights file that was seen with this size and time for the first time is ``settling``: a writer may have given
-    it its final size before it wrote the bytes.
+    it its final size before it wrote the bytes. ``format`` is empty when the path could not be looked into.
     """
 
     path: Path
@@ -51,13 +52,23 @@ class Scanner:
 
     def scan(self) -> list[Sighting]:
         """Return what is in the folder now, by step; a folder that is not there (yet) holds nothing."""
-        found = [sighting for path in _candidates(self.folder) if (sighting := self._look(path)) is not None]
+        found = [sighting for path in _candidates(self.folder) if (sighting := self._sight(path)) is not None]
         self._last = {sighting.path: sighting for sighting in found}
         return sorted(found, key=lambda sighting: (sighting.step, sighting.kind, sighting.path.name))
 
+    def _sight(self, path: Path) -> Sighting | None:
+        """Look at a path; one that cannot be looked into (no permission, say) is not complete, and says why."""
+        try:
+            return self._look(path)
+        except OSError as error:
+            step = step_in(path.name)
+            kind: Kind = "profile" if path.parent.name == PROFILES else "checkpoint"
+            problem = f"{path.name} cannot be read: {error.strerror}"
+            return None if step is None else Sighting(path, "", kind, step, "", complete=False, problem=problem)
+
     def _look(self, path: Path) -> Sighting | None:
         before = self._last.get(path)
-        name = before.format if before is not None else format_of(path)
+        name = before.format if before is not None and before.format else format_of(path)
         if name is None:
             return None
         known = FORMATS[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TypeGuard
 
 # State of the run that is no model: never replayed, and often pickled.
 _OTHER_STATE = re.compile(
@@ -19,11 +20,18 @@ _STEP = re.compile(
     r"(?:^|[-_.=])(?:global[-_]?)?(?:step|iter(?:ation)?|checkpoint|ckpt)[-_=]?(\d+)(?!\d)", re.IGNORECASE
 )
 _LAST_NUMBER = re.compile(r"(?:^|[-_=])(\d+)$")
+_NO_TEXT = re.compile("[\ud800-\udfff]")  # what Python makes of the bytes of a name that is no UTF-8
+_LARGEST_STEP = 2**63 - 1  # of the ledger's column
 
 
 def is_candidate(name: str) -> bool:
-    """Whether a file or folder of this name may hold model weights, or is temporary or other state."""
-    return not (_TEMPORARY.search(name) or _OTHER_STATE.search(name) or _SHARD.search(name))
+    """Whether a file or folder of this name may hold model weights: text, not temporary, and no other state."""
+    return not any(pattern.search(name) for pattern in (_NO_TEXT, _TEMPORARY, _OTHER_STATE, _SHARD))
+
+
+def is_step(value: object) -> TypeGuard[int]:
+    """Whether a value that a name or a document states can be a step."""
+    return type(value) is int and 0 <= value <= _LARGEST_STEP
 
 
 def step_in(name: str, *, bare_number: bool = True) -> int | None:
@@ -32,8 +40,6 @@ def step_in(name: str, *, bare_number: bool = True) -> int | None:
     Without such a word the last number counts (``model-100.pt``), unless ``bare_number`` is False.
     """
     stem = Path(name).stem if Path(name).suffix and not Path(name).suffix[1:].isdigit() else name
-    found = _STEP.findall(stem)
-    if found:
-        return int(found[-1])
-    last = _LAST_NUMBER.search(stem) if bare_number else None
-    return int(last.group(1)) if last else None
+    found = _STEP.findall(stem) or (_LAST_NUMBER.findall(stem) if bare_number else [])
+    step = int(found[-1]) if found else None
+    return step if is_step(step) else None

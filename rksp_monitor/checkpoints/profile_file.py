@@ -18,7 +18,8 @@ LARGEST = 256 * 2**20
 
 def matches(path: Path) -> bool:
     """A JSON file with a step in its name, in the folder where trainers put profiles (others are metadata)."""
-    return path.suffix == ".json" and path.parent.name == FOLDER and is_candidate(path.name) and step(path) is not None
+    named = path.suffix == ".json" and path.parent.name == FOLDER and is_candidate(path.name)
+    return named and step(path) is not None and path.is_file()
 
 
 def step(path: Path) -> int | None:

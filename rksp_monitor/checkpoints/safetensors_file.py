@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint, IncompleteCheckpoint
-from rksp_monitor.checkpoints.names import is_candidate, step_in
+from rksp_core.errors import CheckpointError, CorruptCheckpoint, ExpiredCheckpoint, IncompleteCheckpoint
+from rksp_monitor.checkpoints.names import is_candidate, is_step, step_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,10 +39,10 @@ def step(path: Path) -> int | None:
     if named is not None:
         return named
     try:
-        stored = read_header(path).get("__metadata__", {}).get("step")
-        return int(stored) if stored is not None else None
-    except (IncompleteCheckpoint, ExpiredCheckpoint, CorruptCheckpoint, ValueError):
+        stored = int(str(read_header(path).get("__metadata__", {}).get("step")))
+    except (CheckpointError, ValueError):
         return None
+    return stored if is_step(stored) else None
 
 
 def files(path: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from rksp_core.errors import ExpiredCheckpoint
 from rksp_monitor.checkpoints import safetensors_file, torch_file
-from rksp_monitor.checkpoints.names import is_candidate, step_in
+from rksp_monitor.checkpoints.names import is_candidate, is_step, step_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,11 +40,12 @@ def step(path: Path) -> int | None:
     named = step_in(path.name)
     if named is not None:
         return named
+    metadata = path / METADATA
     try:
-        stored = json.loads((path / METADATA).read_bytes()).get("step")
-    except (OSError, ValueError, AttributeError):
+        stored = json.loads(metadata.read_bytes()).get("step") if metadata.is_file() else None
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
-    return stored if type(stored) is int else None
+    return stored if is_step(stored) else None
 
 
 def files(path: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -145,3 +146,61 @@ def test_stop_ends_the_generator_at_once(tmp_path: Path):
     next(scans)
     threading.Timer(0.1, lambda: (stop.set(), wake.set())).start()
     assert list(scans) == []
+
+
+def _header(text: str) -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode()
+
+
+@pytest.mark.parametrize("step", ["[]", "Infinity", "1e999", "-5", str(10**30), "true"])
+def test_metadata_that_states_no_step_does_not_stop_a_scan(tmp_path: Path, step: str):
+    (tmp_path / "model.safetensors").write_bytes(_header(f'{{"__metadata__": {{"step": {step}}}}}'))
+    folder = tmp_path / "checkpoints" / "latest"
+    tiny_model.save_folder(tmp_path, 5).rename(folder)
+    (folder / "checkpoint.json").write_text(f'{{"step": {step}}}')
+    assert Scanner(tmp_path).scan() == []
+
+
+def test_metadata_nested_too_deeply_does_not_stop_a_scan(tmp_path: Path):
+    folder = tmp_path / "checkpoints" / "latest"
+    tiny_model.save_folder(tmp_path, 5).rename(folder)
+    (folder / "checkpoint.json").write_text("[" * 100_000)
+    assert Scanner(tmp_path).scan() == []
+
+
+@pytest.mark.parametrize("name", [b"step-99999999999999999999.pt", b"latin\xff-step-7.pt"])
+def test_a_name_that_the_ledger_could_not_hold_is_not_seen(tmp_path: Path, name: bytes):
+    torch.save(tiny_model.weights(1), tmp_path / "step-1.pt")
+    (tmp_path / "step-1.pt").rename(tmp_path / os.fsdecode(name))
+    assert Scanner(tmp_path).scan() == []
+
+
+@pytest.mark.parametrize("name", ["profiles/step-10.json", "checkpoints/latest/checkpoint.json", "step-3.pt"])
+def test_a_pipe_does_not_stop_a_scan(tmp_path: Path, name: str):
+    tiny_model.save_folder(tmp_path, 5).rename(tmp_path / "checkpoints" / "latest")
+    (tmp_path / "checkpoints" / "latest" / "checkpoint.json").unlink(missing_ok=True)
+    (tmp_path / "profiles").mkdir()
+    os.mkfifo(tmp_path / name)
+    scan = threading.Thread(target=lambda: Scanner(tmp_path).scan(), daemon=True)
+    scan.start()
+    scan.join(timeout=10)
+    assert not scan.is_alive()
+
+
+def test_a_path_that_may_not_be_read_is_not_finished_until_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # Root may read everything, so the refusal is played.
+    folder = tiny_model.save_folder(tmp_path, 5)
+    scanner, real = Scanner(tmp_path), Path.is_file
+
+    def refused(path: Path) -> bool:
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "is_file", refused)
+        (closed,) = scanner.scan()
+    assert (closed.step, closed.complete) == (5, False)
+    assert closed.problem == f"{folder.name} cannot be read: Permission denied"
+    scanner.scan()
+    assert steps(scanner.scan(), complete=True) == [5]
