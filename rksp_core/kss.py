@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
@@ -19,14 +20,15 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 
 from rksp_core.capture import Block, find_blocks, stream_of, stream_out
 from rksp_core.dmd import leading_directions
 from rksp_core.moments import ROUNDING
 from rksp_core.orders import KSSSettings
 from rksp_core.spectrum import LOWER, UPPER
+from rksp_core.untouched import as_written
 
 Variant = Literal["paper", "hinge"]
 VARIANTS: tuple[Variant, ...] = ("paper", "hinge")
@@ -75,7 +77,7 @@ def kss_loss(
     Raises
     ------
     ValueError
-        When the shapes differ, or the variant is unknown.
+        When the shapes differ, the variant is unknown, a state is not finite, or none of the input varies.
     torch.linalg.LinAlgError
         When the reduced operator has no eigenvector basis (a defective matrix): there is no derivative.
     """
@@ -86,10 +88,25 @@ def kss_loss(
         )
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    x = h_in.double() - h_in.double().mean(0)
-    y = h_out.double() - h_out.double().mean(0)
-    basis = _directions(x.detach(), h_in.detach(), rank, seed)
-    x, y = x @ basis, y @ basis
+    if not bool(h_in.isfinite().all() and h_out.isfinite().all()):
+        raise ValueError("kss_loss needs finite residual states, got NaN or infinity; skip this block")
+    options = (rank, gamma, beta, variant, seed)
+    return _penalty(h_in.double(), h_out.double(), ROUNDING[h_in.dtype], *options)
+
+
+def _penalty(
+    x: Float[Tensor, "tokens d"],
+    y: Float[Tensor, "tokens d"],
+    rounding: float,
+    rank: int,
+    gamma: float,
+    beta: float,
+    variant: Variant,
+    seed: int,
+) -> Float[Tensor, ""]:
+    """Return Eq. 14 for finite float64 states that were stored with this relative rounding; see `kss_loss`."""
+    basis = _directions(x.detach(), rounding, rank, seed)
+    x, y = (x - x.mean(0)) @ basis, (y - y.mean(0)) @ basis
     operator = torch.linalg.solve(x.T @ x, x.T @ y).T
     moduli = eigenvalue_moduli(operator)
     excess = moduli - UPPER
@@ -147,14 +164,16 @@ class KSSRegularizer:
 
     Each entry of the context counts one step. Hooks are on only while a term is due, so with ``alpha`` 0 a run is
     bitwise the same as without. The gradient of each block is computed at once in float64 and checked: a block that
-    cannot be differentiated is skipped and counted in ``skipped_layers``.
+    cannot be differentiated is skipped and counted in ``skipped_layers``, as is one whose forward pass records no
+    gradient (under `torch.no_grad`, or in a reentrant checkpoint; checkpoint with ``use_reentrant=False``).
+    Compiled models run as written while a term is due.
 
     Parameters
     ----------
     model
         The model whose forward pass runs inside the context.
     alpha, interval, layer_fraction, gamma
-        As in `rksp_core.control.KSSSettings`; `configure` changes them later.
+        As in `rksp_core.KSSSettings`; `configure` changes them later.
     rank, samples, beta, variant
         r modes from at most N token states; see `kss_loss`.
     blocks
@@ -186,7 +205,7 @@ class KSSRegularizer:
         self._blocks = find_blocks(model, blocks)
         self._rank, self._samples, self._beta, self._seed = rank, samples, beta, seed
         self._variant: Variant = variant
-        self._handles: list[RemovableHandle] = []
+        self._undo = ExitStack()
         self._inputs: dict[str, tuple[Tensor, torch.Size]] = {}
         self._terms: list[Tensor] = []
 
@@ -200,7 +219,10 @@ class KSSRegularizer:
         self.settings = settings
 
     def term(self) -> Float[Tensor, ""]:
-        """Return alpha times the mean penalty of the last forward pass, to add to the loss; 0 when none was due."""
+        """Return alpha times the mean penalty over the blocks and forward passes of the last context; 0 when not due.
+
+        A scalar to add to the loss, in float32, or float64 where the model is.
+        """
         if not self._terms:
             return torch.zeros(())
         total = torch.stack(self._terms).mean()
@@ -220,17 +242,19 @@ class KSSRegularizer:
     def __enter__(self) -> KSSRegularizer:  # noqa: PYI034 - the shape checker of the tests cannot see `Self`
         self._terms = []
         if self.due:
+            self._undo.enter_context(as_written())
             for block in self._chosen():
-                self._handles.append(block.module.register_forward_pre_hook(self._before(block), with_kwargs=True))
-                self._handles.append(block.module.register_forward_hook(self._after(block)))
+                before = block.module.register_forward_pre_hook(self._before(block), with_kwargs=True)
+                after = block.module.register_forward_hook(self._after(block))
+                self._undo.callback(before.remove)
+                self._undo.callback(after.remove)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._inputs = [], {}
+        self._undo.close()
+        self._inputs = {}
         self.steps += 1
 
     def _chosen(self) -> list[Block]:
@@ -247,7 +271,8 @@ class KSSRegularizer:
             stream = stream_of(args, kwargs)
             if stream is not None:
                 # The rows are copied now: a block may overwrite its input in place.
-                self._inputs[block.name] = (self._rows(stream), stream.shape)
+                with _kept_from_checkpoints():
+                    self._inputs[block.name] = (self._rows(stream), stream.shape)
 
         return hook
 
@@ -255,7 +280,8 @@ class KSSRegularizer:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
             h_in, shape = self._inputs.pop(block.name, (None, None))
             h_out = None if shape is None else stream_out(output, shape)
-            term = None if h_in is None or h_out is None else self._layer_term(h_in, self._rows(h_out))
+            with _kept_from_checkpoints():
+                term = None if h_in is None or h_out is None else self._layer_term(h_in, self._rows(h_out))
             if term is None:
                 self.skipped_layers += 1
             else:
@@ -274,30 +300,36 @@ class KSSRegularizer:
         """Return the penalty with its gradient attached to the streams, or None where it is not finite.
 
         The gradient is taken on detached rows and tied back by a linear form with the same value and slope. So a bad
-        one is seen before it reaches the parameters, and the float64 graph is freed at once.
+        one is seen before it reaches the parameters, and the float64 graph is freed at once. The slope stays float64:
+        in a float16 model its entries, about 1 / N, would lose most of their digits.
         """
+        if not (h_in.requires_grad or h_out.requires_grad):
+            return None
+        if not bool(h_in.isfinite().all() and h_out.isfinite().all()):
+            return None
         with torch.enable_grad():
-            x, y = h_in.detach().requires_grad_(), h_out.detach().requires_grad_()
+            x, y = h_in.detach().double().requires_grad_(), h_out.detach().double().requires_grad_()
+            options = (self._rank, self.settings.gamma, self._beta, self._variant, self._seed)
             try:
-                loss = kss_loss(
-                    x,
-                    y,
-                    rank=self._rank,
-                    gamma=self.settings.gamma,
-                    beta=self._beta,
-                    variant=self._variant,
-                    seed=self._seed,
-                )
+                loss = _penalty(x, y, ROUNDING[h_in.dtype], *options)
                 slope_in, slope_out = torch.autograd.grad(loss, (x, y))
             except (torch.linalg.LinAlgError, ValueError):  # type: ignore[attr-defined]
                 return None
         if not (loss.isfinite() and slope_in.isfinite().all() and slope_out.isfinite().all()):
             return None
-        tie = ((h_in - x.detach()) * slope_in).sum() + ((h_out - y.detach()) * slope_out).sum()
-        return loss.detach().to(tie.dtype) + tie
+        tie = ((h_in.double() - x.detach()) * slope_in).sum() + ((h_out.double() - y.detach()) * slope_out).sum()
+        return (loss.detach() + tie).to(torch.promote_types(h_out.dtype, torch.float32))
 
 
-def _directions(centred: Tensor, rows: Tensor, rank: int, seed: int) -> Float[Tensor, "d r"]:
+def _kept_from_checkpoints() -> saved_tensors_hooks:
+    """Return a context whose saved tensors an enclosing activation checkpoint does not see.
+
+    It counts what the block saves and recomputes it in the backward pass, when the hooks of this context are gone.
+    """
+    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+def _directions(rows: Float[Tensor, "tokens d"], rounding: float, rank: int, seed: int) -> Float[Tensor, "d r"]:
     """Return the leading principal directions of the input that stand above its rounding noise.
 
     Raises
@@ -305,11 +337,9 @@ def _directions(centred: Tensor, rows: Tensor, rank: int, seed: int) -> Float[Te
     ValueError
         When no direction does.
     """
+    centred = rows - rows.mean(0)
     variance, basis = leading_directions(centred.T @ centred / (len(rows) - 1), min(rank, rows.shape[1]), seed)
-    floor = max(
-        8 * ROUNDING[rows.dtype] ** 2 * float(rows.double().square().mean()),
-        rows.shape[1] * 2.0**-52 * float(variance[0]),
-    )
+    floor = max(8 * rounding**2 * float(rows.square().mean()), rows.shape[1] * 2.0**-52 * float(variance[0]))
     kept = variance > floor
     if not bool(kept.any()) or not math.isfinite(floor):
         raise ValueError("the input of the block does not vary over the tokens; there is no spectrum to shape")

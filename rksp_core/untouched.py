@@ -1,10 +1,11 @@
-"""Run a model and leave it as it was found: modes, gradients, random state."""
+"""Run a model and leave it as it was found: modes, gradients, random state, compiled graphs."""
 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -22,6 +23,24 @@ def random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Run compiled modules as they are written, and torch's encoder layers unfused, so that hooks see plain tensors.
+
+    A graph that was compiled earlier may not call hooks added later, and one traced now would be thrown away with them.
+    The fused encoder passes nested tensors, which have no shape, from layer to layer.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    # Without dynamo nothing is compiled, and importing it takes seconds.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with eager:
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @contextmanager

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rksp_core import KSSRegularizer, KSSSettings, kss_loss
 from rksp_core.kss import CONDITION_LIMIT, VARIANTS, Variant, eigenvalue_moduli
@@ -159,6 +163,104 @@ class TestRegularizer:
         with pytest.raises(IndexError), regularizer:
             model(torch.tensor([[10**6]]))
         assert not any(block._forward_hooks for block in model.layers)
+
+
+class Checkpointed(Model):
+    """Recomputes each block in the backward pass, as trainers do to save memory."""
+
+    reentrant = False
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        h = self.embed(input_ids)
+        for layer in self.layers:
+            h, _ = checkpoint(layer, h, use_reentrant=self.reentrant)
+        return self.head(h)
+
+
+class TestRegularizerInTraining:
+    """What trainers do around a forward pass must not change the term, and must never end the run."""
+
+    @staticmethod
+    def run(model: nn.Module, regularizer: KSSRegularizer, forward: nn.Module | None = None) -> list[Tensor]:
+        with regularizer:
+            loss = (model if forward is None else forward)(tokens()).float().square().mean()
+        (loss + regularizer.term()).backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    @staticmethod
+    def model(kind: type[Model] = Model) -> Model:
+        torch.manual_seed(0)
+        return kind(3).eval()
+
+    def test_recomputed_blocks_give_the_same_gradient(self) -> None:
+        plain, recomputed = self.model(), self.model(Checkpointed)
+        expected = self.run(plain, KSSRegularizer(plain, interval=1, layer_fraction=1.0))
+        got = self.run(recomputed, KSSRegularizer(recomputed, interval=1, layer_fraction=1.0))
+        for a, b in zip(expected, got, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)  # float32
+
+    def test_a_stream_without_gradient_is_skipped_and_counted(self) -> None:
+        """Reentrant checkpoints run the blocks under no_grad: a term there would reach no parameter."""
+        model = self.model(Checkpointed)
+        model.reentrant = True
+        regularizer = KSSRegularizer(model, interval=1, layer_fraction=1.0)
+        with regularizer:
+            model(tokens())
+        assert regularizer.term().item() == 0.0
+        assert regularizer.skipped_layers == 3
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_a_layer_that_blows_up_is_skipped_and_counted(self, bad: float) -> None:
+        model = self.model()
+        with torch.no_grad():
+            model.layers[-1].linear.bias[0] = bad
+            model.layers[-1].forward = lambda h: (h + bad, 0)
+        regularizer = KSSRegularizer(model, interval=1, layer_fraction=1.0)
+        with regularizer:
+            model(tokens())
+        assert math.isfinite(regularizer.term().item())
+        assert regularizer.skipped_layers == 1
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_the_slope_is_not_rounded_to_the_dtype_of_a_half_precision_model(self, dtype: torch.dtype) -> None:
+        """A small weight times a slope is far below float16's 6e-8; it is scaled up only in the backward pass."""
+        model = self.model().to(dtype)
+        regularizer = KSSRegularizer(model, alpha=1e-6, interval=1, layer_fraction=1.0)
+        with regularizer:
+            model(tokens())
+        term = regularizer.term()
+        assert term.dtype == torch.float32
+        (term * 1e6).backward()
+        scaled = [parameter.grad.clone() for parameter in model.layers.parameters()]
+        model.zero_grad()
+        regularizer.configure(KSSSettings(alpha=1.0, interval=1, layer_fraction=1.0))
+        regularizer.steps = 0
+        with regularizer:
+            model(tokens())
+        regularizer.term().backward()
+        for a, b in zip(scaled, (parameter.grad for parameter in model.layers.parameters()), strict=True):
+            torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+            assert float(b.abs().max()) > 0
+
+    def test_two_forward_passes_in_one_context_are_averaged(self) -> None:
+        model = self.model()
+        regularizer = KSSRegularizer(model, interval=1, layer_fraction=1.0)
+        terms = []
+        for batches in ([tokens()], [tokens().flip(0, 1)], [tokens(), tokens().flip(0, 1)]):
+            regularizer.steps = 0
+            with regularizer:
+                for batch in batches:
+                    model(batch)
+            terms.append(regularizer.term().item())
+        assert terms[2] == pytest.approx((terms[0] + terms[1]) / 2, rel=1e-6)  # float32
+
+    def test_a_compiled_model_is_not_traced_anew_for_the_hooks(self) -> None:
+        plain, model = self.model(), self.model()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        expected = self.run(plain, KSSRegularizer(plain, interval=1, layer_fraction=1.0))
+        got = self.run(model, KSSRegularizer(compiled, interval=1, layer_fraction=1.0), compiled)
+        for a, b in zip(expected, got, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)  # float32
 
 
 def test_one_token_has_no_spectrum() -> None:
