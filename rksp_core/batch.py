@@ -64,11 +64,15 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
     return _map(batch, lambda value: value.to(device) if isinstance(value, Tensor) else value)
 
 
-def token_mask(batch: Batch) -> Bool[Tensor, "sequences length"] | None:
-    """Return True where a token is real: ``attention_mask`` (1 = real), ``src_key_padding_mask`` (True = padding)."""
+def token_mask(batch: Batch, *, decoder: bool = False) -> Bool[Tensor, "sequences length"] | None:
+    """Return True where a token is real: ``attention_mask`` (1 = real), ``src_key_padding_mask`` (True = padding).
+
+    ``decoder`` asks about the decoder's tokens: where the batch has some of its own, ``decoder_attention_mask``.
+    """
     if not isinstance(batch, Mapping):
         return None
-    mask = batch.get("attention_mask")
+    own = decoder and ("decoder_input_ids" in batch or "decoder_inputs_embeds" in batch)
+    mask = batch.get("decoder_attention_mask" if own else "attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask.bool()
     padding = batch.get("src_key_padding_mask")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rksp_core import batch as batches
 from rksp_core.errors import ModelError, NoBlocksError
 from rksp_core.moments import Moments
-from rksp_core.untouched import evaluating
+from rksp_core.untouched import as_written, evaluating
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def capture(
     ----------
     batch
         Tensor, tuple or dict; ``attention_mask`` (1 = token) and ``src_key_padding_mask`` (True = padding) of a dict
-        keep padding out of the sample.
+        keep padding out of the sample; in the decoder of an encoder-decoder, ``decoder_attention_mask``.
     blocks
         Glob, globs or blocks; None finds them.
     samples
@@ -98,13 +98,14 @@ def capture(
     """
     model = uncompiled(model)
     stack = _resolve(model, blocks)
-    recorder = _Recorder(batch, samples, seed)
+    mask = batches.token_mask(batch, decoder="decoder" in stack[0].name)
+    recorder = _Recorder(batches.sequences(batch), mask, samples, seed)
     handles = []
     try:
         for index, block in enumerate(stack):
             handles.append(block.module.register_forward_pre_hook(recorder.before(index), with_kwargs=True))
             handles.append(block.module.register_forward_hook(recorder.after(index, block.name), with_kwargs=True))
-        with evaluating(model):
+        with evaluating(model), as_written():
             _run(model, batch, recorder, len(stack), micro_batch or batches.sequences(batch))
     finally:
         for handle in handles:
@@ -128,14 +129,14 @@ class _Stop(BaseException):
 class _Recorder:
     """Hook factory; holds the sampled positions and the moments of each block."""
 
-    def __init__(self, batch: batches.Batch, samples: int, seed: int) -> None:
+    def __init__(self, sequences: int, mask: Tensor | None, samples: int, seed: int) -> None:
         self.moments: dict[int, Moments] = {}
         self.done: set[int] = set()
         self.start, self.stop = 0, 0
         self.stop_after: int | None = None
         self._before: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
-        self._count = batches.sequences(batch)
-        self._mask = batches.token_mask(batch)
+        self._count = sequences
+        self._mask = mask
         self._samples, self._seed = samples, seed
         self._chosen: Bool[Tensor, "sequences length"] | None = None
 
@@ -163,7 +164,7 @@ class _Recorder:
                 )
             if index not in self.moments:
                 self.moments[index] = Moments(shape[-1], samples=self._expected())
-            self.moments[index].update(h_in, self._rows(stream).to(h_in.dtype))
+            self.moments[index].update(h_in, self._rows(stream))
             self.done.add(index)
             if self.stop_after is not None and len(self.done) == self.stop_after:
                 raise _Stop
@@ -198,9 +199,12 @@ def sample_positions(
 ) -> Bool[Tensor, "sequences length"]:
     """Choose at most ``samples`` token positions without replacement; True marks a chosen one.
 
-    ``mask`` (sequences, length) is True where a token is real; one of another length (image patches, say) is not
-    used. The draw depends on the arguments alone and leaves the global random state alone.
+    ``mask`` is True where a token is real: (sequences, length), or (length, sequences) where the stream has its
+    positions first and so counts them as sequences; one of another length (image patches, say) is not used. The draw
+    depends on the arguments alone and leaves the global random state alone.
     """
+    if mask is not None and tuple(mask.shape) == (length, sequences) != (sequences, length):
+        mask = mask.T
     usable = mask.cpu() if mask is not None and tuple(mask.shape) == (sequences, length) else None
     valid = (
         (torch.ones(sequences, length, dtype=torch.bool) if usable is None else usable).flatten().nonzero().flatten()
@@ -230,7 +234,8 @@ def stream_out(output: Any, shape: Sequence[int]) -> Tensor | None:
 
 def _run(model: nn.Module, batch: batches.Batch, recorder: _Recorder, blocks: int, size: int) -> None:
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    extra = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    said = isinstance(batch, Mapping) and "use_cache" in batch
+    extra = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") and not said else {}
     # Under FSDP every rank has to finish its forward pass, so there it is not cut short.
     recorder.stop_after = None if dist.is_available() and dist.is_initialized() else blocks
     for start in range(0, batches.sequences(batch), size):

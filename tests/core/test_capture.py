@@ -149,6 +149,60 @@ def test_padding_never_reaches_the_moments(model: Model) -> None:
         torch.testing.assert_close(a.second, b.second, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_the_padding_of_a_torch_encoder_is_respected_in_both_layouts(batch_first: bool) -> None:
+    """Left to itself the encoder passes nested tensors between its layers when it is given padding."""
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=batch_first)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first)
+    stream, padding = torch.randn(6, 9, WIDTH), torch.zeros(6, 9, dtype=torch.bool)
+    padding[:, 5:] = True
+    batch = {"src": stream if batch_first else stream.transpose(0, 1), "src_key_padding_mask": padding}
+    (_, first), _ = capture(encoder, batch)
+    kept = stream[:, :5].flatten(0, 1).double()
+    torch.testing.assert_close(first.mean[0], kept.mean(0), rtol=1e-12, atol=1e-12)
+    assert first.count == len(kept)
+
+
+def test_an_encoders_padding_says_nothing_about_the_decoder() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    model = transformers.T5ForConditionalGeneration(config)
+    mask = torch.ones_like(tokens())
+    mask[:, 5:] = 0
+    batch = {"input_ids": tokens(), "attention_mask": mask, "decoder_input_ids": tokens()}
+    assert [moments.count for _, moments in capture(model, batch)] == [96, 96]
+    assert [moments.count for _, moments in capture(model, batch, blocks="encoder.block.*")] == [40, 40]
+    own = mask.clone()
+    own[:, 7:] = 1
+    counts = [moments.count for _, moments in capture(model, batch | {"decoder_attention_mask": own})]
+    assert counts == [80, 80]
+
+
+def test_the_batch_may_say_use_cache_itself() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    assert len(capture(model, {"input_ids": tokens(), "use_cache": False})) == 2
+
+
+def test_a_block_may_return_a_wider_dtype_than_it_takes() -> None:
+    class Widening(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((), 1e5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.float() * self.weight
+
+    model = nn.Sequential(Widening())
+    stream = torch.randn(4, 8, WIDTH).half()
+    ((_, moments),) = capture(model, stream)
+    assert moments.finite
+    torch.testing.assert_close(moments.mean[1], 1e5 * moments.mean[0], rtol=1e-6, atol=0.0)  # the product is float32
+
+
 def test_moments_are_those_of_the_streams(model: Model) -> None:
     """Against states taken by hand, block by block."""
     model.eval()
@@ -256,3 +310,13 @@ def test_a_compiled_model_is_profiled_as_its_original(model: Model) -> None:
     compiled = torch.compile(model, backend="eager")
     a, b = profile_model(model, tokens()), profile_model(compiled, tokens())
     assert a.to_dict() == b.to_dict()
+
+
+def test_a_model_compiled_in_place_is_profiled_as_its_original() -> None:
+    """Its graph was traced without hooks, and may not be broken for them."""
+    torch.manual_seed(0)
+    plain, compiled = Model(2), Model(2)
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile(backend="eager", fullgraph=True)
+    compiled.eval()(tokens())
+    assert profile_model(compiled, tokens()).to_dict() == profile_model(plain, tokens()).to_dict()
