@@ -11,7 +11,6 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rksp_core.atomic import write_atomic
 from rksp_core.control import ControlWriter
 from rksp_core.errors import ConfigError, RkspError
 from rksp_core.policy import LEVELS
@@ -22,6 +21,7 @@ from rksp_monitor.endpoint import serve
 from rksp_monitor.ledger import open_ledger
 from rksp_monitor.log import make_logger
 from rksp_monitor.metrics import Board, registry_of
+from rksp_monitor.output_file import require_writable, write_output
 from rksp_monitor.replay import ReplayWorker
 from rksp_monitor.run import CONFIG, Run, describe_run
 from rksp_monitor.subject import SubjectSettings
@@ -95,6 +95,8 @@ class Session:
         """
         if once and not self.folder.is_dir():
             raise ConfigError(f"there is no run folder {self.folder}")
+        if self._port_file is not None:
+            require_writable(self._port_file)
         with contextlib.ExitStack() as stack:
             handlers = {
                 signal.SIGTERM: self._end("SIGTERM"),
@@ -184,7 +186,7 @@ class Session:
         )
         self._log.info("serving", address=address)
         if self._port_file is not None:
-            write_atomic(self._port_file, address + "\n")
+            write_output(self._port_file, address + "\n")
 
     def _await_run(self) -> bool:
         """Wait until the trainer made its folder: the run's name and model are read from it."""

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from rksp_core.errors import ConfigError
+from rksp_monitor.output_file import write_output
 
 config = typer.Typer(no_args_is_help=True, help="Write, check or describe the settings file of `rksp watch`.")
 
@@ -25,17 +26,12 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> int:
     """Write a commented settings file with every default."""
-    from rksp_core.atomic import write_atomic
-
     if output is None:
         print(template(), end="")
         return 0
     if output.exists() and not force:
         raise ConfigError(f"{output} is already there; pass --force to replace it")
-    try:
-        write_atomic(output, template())
-    except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
+    write_output(output, template())
     return 0
 
 

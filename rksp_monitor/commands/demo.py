@@ -20,7 +20,7 @@ def demo(
     watch_config: Annotated[
         Path | None, typer.Option(help="Settings of both watchers, for another policy; see `rksp config init`.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of both runs.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of both runs.")] = 42,
 ) -> int:
     """Train a small model that goes unstable, twice: with the watcher's orders obeyed, and without."""
     import time

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from rksp_core.errors import ConfigError
+from rksp_monitor.commands.output import emit, terminal
+from rksp_monitor.output_file import require_writable
 from rksp_monitor.report import Format
 
 if TYPE_CHECKING:
     from rksp_core.risk import Decision
     from rksp_monitor.baselines import Progress
     from rksp_monitor.models import LoadedModel
-    from rksp_monitor.preflight import PreflightReport
     from rksp_monitor.probe import Probe
 
 FailOn = Literal["monitor", "use_kss"]
@@ -58,7 +57,7 @@ def preflight(
     ] = None,
     samples: Annotated[int, typer.Option(min=2, help="Token states to profile.")] = 2048,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences in one forward pass; default: all.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of initialization, random tokens and sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of initialization, random tokens and sampling.")] = 0,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:n]")] = "auto",
     dtype: Annotated[
         str | None, typer.Option(metavar="float32|bfloat16|...", help="Cast the model; default: as it is.")
@@ -79,6 +78,7 @@ def preflight(
         from rksp_monitor.models import load_model
         from rksp_monitor.preflight import Settings, memory_limit
         from rksp_monitor.preflight import preflight as look
+        from rksp_monitor.report import render
 
         place, precision = choose_device(device), None if dtype is None else parse_dtype(dtype)
         with memory_limit(place):
@@ -97,7 +97,8 @@ def preflight(
         )
         batch = _probe(probe, loaded, seed)
         report = look(loaded, batch, settings, device=place, dtype=precision, progress=progress)
-    _emit(report, form, output_file)
+    text = render(report, form, **terminal(output_file))
+    emit(text, output_file, f"{report.decision.verdict}; the report is in")
     return exit_code(report.decision, fail_on, on_inconclusive, exit_zero=exit_zero)
 
 
@@ -132,26 +133,6 @@ def parse_arguments(pairs: list[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ConfigError(f"the value of --arg {name} is no YAML: {value!r}; put it in quotes") from error
     return arguments
-
-
-def require_writable(path: Path) -> None:
-    """Refuse an output file that could not be written, before the work starts.
-
-    Raises
-    ------
-    ConfigError
-        When its folder is missing or not writable, or the path is a folder.
-    """
-    folder = path.absolute().parent
-    if path.is_dir():
-        raise ConfigError(f"the output file {path} is a folder; name a file in it")
-    if not folder.is_dir():
-        raise ConfigError(f"the output file {path} cannot be written: there is no folder {folder}")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"the output file {path} cannot be written: {error.strerror} in {folder}") from error
 
 
 @contextlib.contextmanager
@@ -190,20 +171,3 @@ def _probe(path: Path | None, model: LoadedModel, seed: int) -> Probe:
     if model.vocabulary is None:
         raise ProbeError(f"{model.source} does not say how many tokens it takes, so none can be drawn; give a --probe")
     return default_probe(model.vocabulary, min(LENGTH, model.max_length or LENGTH), seed)
-
-
-def _emit(report: PreflightReport, form: Format, output_file: Path | None) -> None:
-    from rksp_core.atomic import write_atomic
-    from rksp_monitor.report import render
-
-    if output_file is not None:
-        try:
-            write_atomic(output_file, render(report, form))
-        except OSError as error:
-            raise ConfigError(f"the output file {output_file} cannot be written: {error.strerror}") from error
-        print(f"rksp: {report.decision.verdict}; the report is in {output_file}", file=sys.stderr)
-        return
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    width = os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 120
-    sys.stdout.write(render(report, form, width=width, colour=colour))
-    sys.stdout.flush()

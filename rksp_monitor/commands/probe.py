@@ -27,10 +27,10 @@ def make(
     vocabulary: Annotated[int | None, typer.Option(min=1, help="Random tokens of a vocabulary of this size.")] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Of a text or random tokens.")] = 32,
     length: Annotated[int, typer.Option(min=1, help="Tokens in a sequence of a text or random tokens.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Of random tokens.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of random tokens.")] = 0,
 ) -> int:
     """Make a probe from a text, from a raw batch, or from random tokens."""
-    from rksp_monitor.commands.preflight import require_writable
+    from rksp_monitor.output_file import require_writable
     from rksp_monitor.probe import random_probe, read_probe, write_probe
     from rksp_monitor.tokens import text_probe
 

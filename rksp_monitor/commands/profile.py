@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from rksp_core.errors import ConfigError, ModelError
-from rksp_monitor.commands.preflight import parse_arguments, progress_bar, require_writable
+from rksp_core.errors import ModelError
+from rksp_monitor.commands.output import emit, terminal
+from rksp_monitor.commands.preflight import parse_arguments, progress_bar
+from rksp_monitor.output_file import require_writable
 
 if TYPE_CHECKING:
     from rksp_core.profile import ModelProfile
@@ -31,7 +32,7 @@ ProbeFile = Annotated[
 ]
 Blocks = Annotated[str | None, typer.Option(metavar="GLOB", help="Residual blocks, e.g. 'transformer.h.*'.")]
 Samples = Annotated[int, typer.Option(min=2, help="Token states to profile.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of random tokens and sampling.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of random tokens and sampling.")]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:n]")]
 Form = Annotated[Format, typer.Option("--format", help="Of the report on stdout.")]
 OutputFile = Annotated[Path | None, typer.Option(help="Write the report there instead of to stdout.")]
@@ -59,8 +60,8 @@ def profile(
     else:
         from rksp_monitor.report.profile import profile_table
 
-        text = profile_table(result, _title(checkpoint, result), **_terminal(output_file))
-    _emit(text, output_file)
+        text = profile_table(result, _title(checkpoint, result), **terminal(output_file))
+    emit(text, output_file, "the report is in")
     return 0 if result.summary["near_unit_mass"]["mean"] is not None else INCONCLUSIVE
 
 
@@ -91,8 +92,8 @@ def compare(
         from rksp_monitor.report.profile import comparison_table
 
         title = f"{_title(checkpoint, after)}\nagainst {_title(baseline, before)}: value (change)"
-        text = comparison_table(comparison, title, **_terminal(output_file))
-    _emit(text, output_file)
+        text = comparison_table(comparison, title, **terminal(output_file))
+    emit(text, output_file, "the report is in")
     known = after.summary["near_unit_mass"]["mean"] is not None and before.summary["near_unit_mass"]["mean"] is not None
     return 0 if known else INCONCLUSIVE
 
@@ -153,23 +154,3 @@ class _Source:
 def _title(path: Path, profile: ModelProfile) -> str:
     step = "" if profile.step is None else f" (step {profile.step})"
     return f"{path}{step}, probe {str(profile.probe.get('sha256'))[:12]}"
-
-
-def _terminal(output_file: Path | None) -> dict[str, Any]:
-    if output_file is not None or not sys.stdout.isatty():
-        return {"width": 120, "colour": False}
-    return {"width": os.get_terminal_size().columns, "colour": not os.environ.get("NO_COLOR")}
-
-
-def _emit(text: str, output_file: Path | None) -> None:
-    from rksp_core.atomic import write_atomic
-
-    if output_file is None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        return
-    try:
-        write_atomic(output_file, text)
-    except OSError as error:
-        raise ConfigError(f"the output file {output_file} cannot be written: {error.strerror}") from error
-    print(f"rksp: the report is in {output_file}", file=sys.stderr)

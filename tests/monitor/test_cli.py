@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rksp_monitor.cli import run
+from rksp_monitor.commands.config import template
 
 TINY = "tests.monitor.factories:tiny"
 FACTORIES = "tests.monitor.factories"
@@ -48,6 +49,7 @@ def test_python_m_and_its_help() -> None:
         (["preflight"], "Missing argument 'MODEL'"),
         (["preflight", TINY, "--fail-on", "never"], "'never' is not one of"),
         (["preflight", TINY, "--samples", "few"], "--samples"),
+        (["preflight", TINY, "--seed", "99999999999999999999"], "--seed"),
         (["preflight", TINY, "--arg", "width"], "--arg takes key=value, got 'width'"),
         (["preflight", TINY, "--arg", "width=["], "the value of --arg width is no YAML"),
         (["preflight", TINY, "--lr", "0"], "the learning rate must be positive"),
@@ -64,6 +66,7 @@ def test_python_m_and_its_help() -> None:
         (["probe", "make", "p.safetensors"], "give one source of the probe"),
         (["probe", "make", "p.safetensors", "--text", "t.txt"], "--text and --tokenizer belong together"),
         (["probe", "make", "p.npy", "--vocabulary", "3"], "a probe file ends in .safetensors, got p.npy"),
+        (["watch", "nowhere", "--port-file", "nowhere/port"], "there is no folder"),
         (["probe", "show", "nowhere.safetensors"], "nowhere.safetensors cannot be read"),
     ],
 )
@@ -148,6 +151,22 @@ class TestOutput:
         assert str(path) in err
         assert "blocks.0" in path.read_text()
         assert [file.name for file in tmp_path.iterdir()] == ["report"]
+
+    def test_a_pipe_is_written_to_and_stays(self, tmp_path: Path) -> None:
+        # Replacing it in one step, as a file is, would take /dev/null from the whole machine when root does it.
+        path = tmp_path / "report"
+        os.mkfifo(path)
+        reader = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+        assert run(["config", "init", str(path), "--force"]) == 0
+        assert os.read(reader, 65536).decode() == template()
+        os.close(reader)
+        assert path.is_fifo()
+
+    def test_a_link_is_followed(self, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(tmp_path / "report")
+        run(["preflight", TINY, "--output-file", str(tmp_path / "link")])
+        assert (tmp_path / "link").is_symlink()
+        assert "blocks.0" in (tmp_path / "report").read_text()
 
     @pytest.mark.parametrize("place", ["nowhere/report", ".", "/proc/report"])
     def test_an_unwritable_file_is_refused_before_the_work(

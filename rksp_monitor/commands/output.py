@@ -1,0 +1,28 @@
+"""Where a command's report goes: to stdout, as wide and coloured as suits it, or to the file that a flag names."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from rksp_monitor.output_file import write_output
+
+
+def emit(text: str, output_file: Path | None, note: str) -> None:
+    """Write a report to the file and say so on stderr, or to stdout."""
+    if output_file is None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    write_output(output_file, text)
+    print(f"rksp: {note} {output_file}", file=sys.stderr)
+
+
+def terminal(output_file: Path | None) -> dict[str, Any]:
+    """Return width and colour of a table: the terminal's own where a person reads it."""
+    if output_file is not None or not sys.stdout.isatty():
+        return {"width": 120, "colour": False}
+    return {"width": shutil.get_terminal_size((120, 24)).columns, "colour": not os.environ.get("NO_COLOR")}
