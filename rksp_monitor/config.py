@@ -14,7 +14,13 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from rksp_core.errors import ConfigError, RkspError
 from rksp_core.policy import Policy
@@ -71,7 +77,7 @@ class WatchSettings(BaseSettings):
     probe: Path | None = Field(
         default=None, description="Probe file; null takes RUN_FOLDER/probe.safetensors, else seeded random tokens."
     )
-    seed: int = Field(default=0, description="Seed of a random probe, the model and the subsampling.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of a random probe, the model and the subsampling.")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:n.")
     run_id: str | None = Field(
         default=None, description="Name of the run; null takes the trainer's, or the folder's name."
@@ -133,7 +139,13 @@ def read_settings(path: Path | None = None, flags: Mapping[str, Any] | None = No
     document = {} if path is None else _read_yaml(path)
     source = "the settings" if path is None else str(path)
     _refuse_misspelt_variables()
-    variables = EnvSettingsSource(WatchSettings)()
+    try:
+        variables = EnvSettingsSource(WatchSettings)()
+    except SettingsError as error:
+        name = str(error).partition('field "')[2].partition('"')[0]
+        raise ConfigError(
+            f"the variable {PREFIX}{name.upper()} is no JSON; one of its keys is {PREFIX}{name.upper()}__KEY"
+        ) from error
     merged = _merge(_merge(document, variables), _given(flags or {}))
     schema = WatchSettings.model_json_schema()
     for key, near in _unknown_keys(merged, schema, schema):
@@ -198,11 +210,17 @@ def _unknown_keys(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any]
 
 
 def _refuse_misspelt_variables() -> None:
-    """Refuse RKSP_POL_INTERVAL: a variable that nearly names a setting; others with the prefix are not ours."""
+    """Refuse a variable that nearly names a setting (RKSP_REPLAY_TIMEOUT); others with the prefix are not ours."""
     known = {PREFIX + name.upper() for name in WatchSettings.model_fields} | {FILE_VARIABLE}
+    schema = WatchSettings.model_json_schema()
+    sections = {
+        name: schema["$defs"].get(part.get("$ref", "").rpartition("/")[2], {})
+        for name, part in schema["properties"].items()
+    }
+    nested = {f"{PREFIX}{name}__{key}".upper() for name, part in sections.items() for key in part.get("properties", {})}
     for name in os.environ:
         if name.startswith(PREFIX) and name.partition("__")[0] not in known:
-            near = get_close_matches(name.partition("__")[0], known, 1, 0.85)
+            near = get_close_matches(name, known | nested, 1, 0.85)
             if near:
                 raise ConfigError(f"the variable {name} names no setting; did you mean {near[0]}?")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from socketserver import ThreadingMixIn
@@ -29,6 +30,10 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.setup_environ()
 
 
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
 class _Handler(WSGIRequestHandler):
     def log_message(self, *_: Any) -> None:
         """Log no requests: a scrape every few seconds is no news."""
@@ -44,14 +49,15 @@ def serve(listen: str, registry: CollectorRegistry, *, healthy: Probe, ready: Pr
         When the address is malformed or taken.
     """
     host, port = parse_address(listen)
+    server_class = _Server6 if ":" in host else _Server
     try:
-        server = make_server(host, port, _application(registry, healthy, ready), _Server, _Handler)
+        server = make_server(host, port, _application(registry, healthy, ready), server_class, _Handler)
     except OSError as error:
         raise ConfigError(f"cannot listen on {listen} ({error.strerror}); choose another --listen") from error
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True)
     thread.start()
     try:
-        yield f"{host}:{server.server_port}"
+        yield f"[{host}]:{server.server_port}" if ":" in host else f"{host}:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,20 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, capsys: pytest.Cap
     assert MISTAKES[text] in said
     assert said.count("\n") == 1
     assert str(path) in said
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("RKSP_REPLAY_TIMEOUT", "did you mean RKSP_REPLAY__TIMEOUT?"),
+        ("RKSP_CONTROL_MODE", "did you mean RKSP_CONTROL__MODE?"),
+        ("RKSP_REPLAY", "RKSP_REPLAY__KEY"),
+    ],
+)
+def test_a_variable_of_a_section_is_refused_with_the_right_form(name: str, says: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(name, "fast")
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        read_settings()
 
 
 def test_a_misspelt_variable_is_refused_and_a_stranger_is_not(monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import urllib.error
 import urllib.request
@@ -179,6 +180,15 @@ def test_the_endpoint_serves_metrics_and_the_two_probes():
         assert get(f"http://{address}/healthz")[0] == 503
         assert get(f"http://{address}/readyz")[0] == 200
         assert get(f"http://{address}/other")[0] == 404
+
+
+def test_an_ipv6_address_is_served():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 on this machine")
+    with serve("[::1]:0", registry_of(board()), healthy=lambda: True, ready=lambda: True) as address:
+        assert get(f"http://{address}/healthz")[0] == 200
 
 
 def test_a_taken_address_is_one_sentence():
