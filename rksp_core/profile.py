@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
+from zlib import error as ZlibError  # noqa: N812 - its name says nothing alone
 
 import numpy as np
 
@@ -52,8 +54,8 @@ class LayerProfile:
 
     ``layer`` is the module's name, ``width`` d, ``rank`` the kept dimension m, ``samples`` N. The masses are
     unfiltered shares of m (Eq. 11-13). ``henrici_departure`` lies in [0, 1], ``nonlinearity_ratio`` (Eq. 5) in
-    [0, 1] or None below the update floor, ``kreiss_constant`` is K_theta at ``kreiss_theta``, at least 1;
-    ``kreiss_classical`` is None when infinite. ``status`` lists one or more of `STATUSES`.
+    [0, 1] or None below the update floor, ``kreiss_constant`` is K_theta at ``kreiss_theta``, at least 1,
+    None above 1e75; ``kreiss_classical`` is None when infinite. ``status`` lists one or more of `STATUSES`.
     """
 
     layer: str
@@ -206,7 +208,7 @@ class ModelProfile:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except ProfileError as error:
             raise ProfileError(f"{path}: {error}") from error
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, KeyError, RecursionError, BadZipFile, ZlibError) as error:
             raise ProfileError(f"{path} cannot be read as a profile ({error}); write it again") from error
 
     def _to_npz(self, *, eigenvalues: bool) -> bytes:
@@ -221,7 +223,8 @@ class ModelProfile:
 
     @classmethod
     def _from_npz(cls, path: str | os.PathLike[str]) -> ModelProfile:
-        with np.load(path, allow_pickle=False) as arrays:
+        # From bytes: NumPy leaves a file open that turns out to be no archive.
+        with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as arrays:
             profile = cls.from_dict(json.loads(str(arrays["document"])))
             layers = [
                 dataclasses.replace(layer, eigenvalues=tuple(arrays[f"eigenvalues_{index}"].tolist()))

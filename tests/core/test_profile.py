@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from rksp_core import LayerProfile, ModelProfile, ProfileWriter, profile_model
+from rksp_core import LayerProfile, ModelProfile, Moments, ProfileWriter, profile_model
 from rksp_core.errors import ProfileError
 from rksp_core.profile import SUMMARY_FIELDS, ReliableMasses
+from rksp_core.profiling import profile_layer
 
 from .oracle import algorithm_1
 from .planted import spectral_distance
@@ -87,12 +88,32 @@ def test_the_document_is_strict_json(profile: ModelProfile) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"schema": "rksp.profile/1"}', '{"schema": "rksp.profile/1", "layers": [{}]}']
+    "content",
+    ["", "[]", "{}", "[" * 100_000, '{"schema": "rksp.profile/1"}', '{"schema": "rksp.profile/1", "layers": [{}]}'],
+    ids=["empty", "a list", "no schema", "deep", "no layers", "no fields"],
 )
 def test_a_damaged_file_is_one_clear_sentence(tmp_path: Path, content: str) -> None:
     path = tmp_path / "profile.json"
     path.write_text(content)
     with pytest.raises(ProfileError, match=r"profile\.json"):
+        ModelProfile.load(path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "changed", "no archive"])
+def test_a_damaged_archive_is_one_clear_sentence(profile: ModelProfile, tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "profile.npz"
+    profile.save(path)
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.write_bytes(
+        {
+            "empty": b"",
+            "cut": whole[:middle],
+            "changed": whole[:100] + bytes([whole[100] ^ 255]) + whole[101:],
+            "no archive": b"PK\3\4",
+        }[damage]
+    )
+    with pytest.raises(ProfileError, match=r"profile\.npz"):
         ModelProfile.load(path)
 
 
@@ -125,6 +146,19 @@ def test_an_exploding_layer_is_a_finding() -> None:
     assert profile.layers[1].near_unit_mass is None
     assert "learning rate" in profile.layers[1].remedy
     json.dumps(profile.to_dict(), allow_nan=False)
+
+
+def test_a_constant_beyond_float64_is_null() -> None:
+    """Signed unit vectors span exactly, so A is exactly nilpotent: K_theta is about 1000^29 and not within reach."""
+    x = torch.cat([torch.eye(64), -torch.eye(64)]).double().repeat(4, 1)
+    y = 1000 * x.roll(1, 1)
+    y[:, 0] = 0
+    moments = Moments(64)
+    moments.update(x, y)
+    layer = profile_layer("shift", moments, depth=4)
+    assert (layer.spectral_radius, layer.kreiss_constant) == (0.0, None)
+    assert layer.transient_growth == pytest.approx(1e12, rel=1e-6)
+    json.dumps(layer.to_dict(), allow_nan=False)
 
 
 def test_bfloat16_and_float16_models_are_profiled() -> None:
