@@ -129,10 +129,10 @@ class Moments:
         self._fold()
         mean, second = self.mean, self.second
         device = torch.device("cuda") if dist.get_backend(group) == "nccl" else mean.device
-        first = torch.cat([mean.flatten() * self.count, mean.new_tensor([self.count, 0.0])]).to(device)
+        first = torch.cat([mean.flatten() * self.count, mean.new_tensor([self.count])]).to(device)
         dist.all_reduce(first, group=group)
-        total = int(first[-2].item())
-        joint = (first[:-2] / max(total, 1)).reshape(2, self.width).to(mean.device)
+        total = int(first[-1].item())
+        joint = (first[:-1] / max(total, 1)).reshape(2, self.width).to(mean.device)
         shift = mean - joint  # this rank's mean from the common one
         second = (second + self.count * _outer(shift)).to(device)
         dist.all_reduce(second, group=group)
@@ -231,8 +231,12 @@ def _outer(delta: Float[Tensor, "2 d"]) -> Float[Tensor, "3 d d"]:
 
 
 def _row_hashes(rows: Tensor) -> Int[Tensor, " n"]:
-    """Hash each row's bits to 64 bits: a random linear form over the integers modulo 2^64."""
-    bits = rows.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[rows.element_size()])
+    """Hash each row's bits to 64 bits: a random linear form over the integers modulo 2^64.
+
+    In pieces of 16 bits: a difference of 2^k alone leaves 64 - k bits of the hash, and -1 differs from 1 by 2^63 in
+    float64 (measured: 2048 different rows of signs had 2 hashes).
+    """
+    bits = rows.contiguous().view(torch.int16)
     generator = torch.Generator().manual_seed(0x5EED)
-    keys = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator, dtype=torch.int64) * 2 + 1
-    return (bits.to(torch.int64) * keys.to(rows.device)).sum(1)
+    keys = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator, dtype=torch.int64) * 2 + 1
+    return bits.to(torch.int64).mul_(keys.to(rows.device)).sum(1)

@@ -105,6 +105,17 @@ def test_counts_distinct_rows_and_the_coarsest_rounding() -> None:
     assert moments.rounding == 2.0**-9
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (0.0, 1.0), (0.0, 1.0, 2.0, 3.0)])
+def test_rows_of_few_different_bits_are_told_apart(dtype: torch.dtype, values: tuple[float, ...]) -> None:
+    """Such float64 values differ in their highest bits alone, where a linear form modulo 2^64 keeps little."""
+    picks = torch.randint(0, len(values), (4096, 64), generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor(values, dtype=dtype)[picks]
+    moments = Moments(64)
+    moments.update(rows, rows)
+    assert moments.distinct == len(rows.unique(dim=0))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("samples", [None, 10])
 def test_a_sample_that_is_not_finite_is_noticed(bad: float, samples: int | None) -> None:
