@@ -195,7 +195,7 @@ class ControlListener:
             stat = os.stat(self._order_path)  # noqa: PTH116 - a Path costs more than the call itself
         except OSError:
             return None
-        signature = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
+        signature = _signature(stat)
         if signature == self._signature:
             return None
         self._signature = signature
@@ -221,8 +221,9 @@ class ControlListener:
         return self._active_generation, self._active
 
     def _take(self, step: int) -> Desired | None:
-        document = _read(Path(self._order_path))
+        document = None
         try:
+            document = self._open()
             desired = Desired.from_dict(document)
         except ControlError as error:
             generation = document.get("generation") if isinstance(document, dict) else None
@@ -240,6 +241,17 @@ class ControlListener:
                 return dataclasses.replace(desired, kss=dataclasses.replace(desired.kss, alpha=0.0), expired=True)
             self._pending_expiry = (end, desired)
         return desired
+
+    def _open(self) -> Any:
+        """Return the JSON of the order and note which file it came from: another may just have taken its place."""
+        try:
+            with open(self._order_path, "rb") as stream:  # noqa: PTH123 - as for its `stat`
+                self._signature = _signature(os.fstat(stream.fileno()))
+                return _parsed(stream.read())
+        except OSError as error:
+            raise ControlError(
+                f"the order cannot be read ({error.strerror}); it must be a file that this user may read"
+            ) from error
 
     def _refusal(self, desired: Desired) -> str | None:
         if desired.run_id != self.run_id:
@@ -278,6 +290,18 @@ class ControlListener:
 def _read(path: Path) -> Any:
     """Return the JSON in ``path``, or None when it is missing or no JSON."""
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return _parsed(path.read_bytes())
+    except OSError:
         return None
+
+
+def _parsed(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _signature(stat: os.stat_result) -> tuple[int, int, int]:
+    """Return what changes whenever a file is replaced."""
+    return stat.st_mtime_ns, stat.st_ino, stat.st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -166,6 +167,39 @@ def test_an_order_that_cannot_be_read_is_rejected_with_a_sentence(
     assert document["status"] == "rejected"
     assert document["message"]
     assert document["active"]["generation"] == 1
+
+
+def test_an_order_replaced_while_it_is_read_is_taken_once(
+    writer: ControlWriter, listener: ControlListener, monkeypatch: pytest.MonkeyPatch
+):
+    """The poll sees the first file's times and the second one's content."""
+    writer.issue("run", KSSSettings(alpha=0.1), Reason())
+    stat_of = os.stat
+
+    def then_replaced(path: str) -> os.stat_result:
+        found = stat_of(path)
+        monkeypatch.undo()
+        writer.issue("run", ON, Reason())
+        return found
+
+    monkeypatch.setattr(os, "stat", then_replaced)
+    order = listener.poll(1)
+    assert order is not None
+    assert (order.generation, order.kss) == (2, ON)
+    listener.acknowledge(order, 1)
+    assert listener.poll(2) is None
+    assert answer(writer.folder)["status"] == "applied"
+
+
+def test_an_order_that_may_not_be_read_is_rejected_by_its_cause(listener: ControlListener):
+    (listener.folder / "desired.json").mkdir(parents=True)
+    assert listener.poll(1) is None
+    document = answer(listener.folder)
+    assert document["status"] == "rejected"
+    assert "Is a directory" in document["message"]
+    (listener.folder / "applied.json").unlink()
+    assert listener.poll(2) is None
+    assert not (listener.folder / "applied.json").exists()  # answered once, not at every step
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": "rksp.control.ack/1"}'])
