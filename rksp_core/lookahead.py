@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rksp_core import batch as batches
-from rksp_core.capture import find_blocks, stream_out, uncompiled
+from rksp_core.capture import find_blocks, stream_of, stream_out, uncompiled
 from rksp_core.errors import ConfigError, ModelError
 from rksp_core.profile import ModelProfile
 from rksp_core.untouched import random_state_kept
@@ -144,15 +144,13 @@ def make_optimizer(name: str, model: nn.Module, learning_rate: float) -> torch.o
 def _hidden_rms(model: nn.Module, block: nn.Module, batch: batches.Batch) -> float | None:
     found: list[float] = []
 
-    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for value in (output, *args):
-            shape = value.shape if isinstance(value, Tensor) else ()
-            stream = stream_out(output, shape) if len(shape) >= 2 else None
-            if stream is not None:
-                found.append(float(stream.double().square().mean().sqrt()))
-                return
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        h_in = stream_of(args, kwargs)
+        h_out = None if h_in is None else stream_out(output, h_in.shape)
+        if h_out is not None:
+            found.append(float(h_out.double().square().mean().sqrt()))
 
-    handle = block.register_forward_hook(hook)
+    handle = block.register_forward_hook(hook, with_kwargs=True)
     try:
         with torch.no_grad():
             batches.call(model, batch)

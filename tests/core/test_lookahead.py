@@ -89,6 +89,16 @@ def test_hidden_rms_is_that_of_the_last_block(model: Model) -> None:
     assert result.hidden_rms_after != result.hidden_rms_before
 
 
+def test_hidden_rms_of_blocks_called_by_keyword() -> None:
+    torch.manual_seed(0)
+    by_position = Model(2)
+    by_keyword = Model(2, keyword=True)
+    by_keyword.load_state_dict(by_position.state_dict())
+    one, two = (look_ahead(model, tokens(), loss, learning_rate=1e-3) for model in (by_position, by_keyword))
+    assert one == two
+    assert two.finite
+
+
 def test_bad_arguments(model: Model) -> None:
     with pytest.raises(ConfigError, match="optimizer must be one of adamw, adam, sgd, got 'adamx'"):
         look_ahead(model, tokens(), loss, learning_rate=0.1, optimizer="adamx")  # type: ignore[arg-type]
