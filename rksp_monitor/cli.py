@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     A crash must never look like "high risk": Python's own code for an uncaught exception is 1, and so is Click's for
     some errors, so every exception is mapped here.
     """
+    _prepare_streams()
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -52,8 +54,9 @@ def run(argv: list[str]) -> int:
         return _say(_usage(error)) if error.format_message() else 2  # no command at all: the help was shown
     except RkspError as error:
         return _say(str(error), code=error.exit_code)
-    except BrokenPipeError:
-        # The reader of our output went away (`rksp ... | head`): close quietly, as other commands do.
+    except (BrokenPipeError, SystemExit):
+        # The reader of our output went away (`rksp ... | head`): close quietly, as other commands do. Typer makes it
+        # SystemExit(1), which would look like "high risk".
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     except KeyboardInterrupt:
@@ -61,6 +64,20 @@ def run(argv: list[str]) -> int:
     except Exception:  # noqa: BLE001 - the last resort: an unknown error is ours, and shows its traceback
         traceback.print_exc()
         return _say("internal error: please report the traceback above")
+
+
+def _prepare_streams() -> None:
+    """Make any text printable: a stream that was closed goes nowhere, a letter it cannot encode becomes a "?"."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_WRONLY)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            os.set_inheritable(number, True)  # the replay worker writes there too
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _usage(error: typer.TyperException) -> str:

@@ -217,7 +217,8 @@ class Ledger:
         try:
             yield
         except BaseException:
-            self._database.execute("ROLLBACK")
+            if self._database.in_transaction:  # a full disk has ended it already
+                self._database.execute("ROLLBACK")
             raise
         self._database.execute("COMMIT")
 
@@ -234,8 +235,8 @@ def open_ledger(path: Path, run: str, *, clock: Callable[[], float] = time.time)
     Raises
     ------
     ConfigError
-        When another process writes it, its folder cannot be written or lies on a network file system, or it was made
-        by another version.
+        When another process writes it, its folder cannot be written (now, or later: a full disk) or lies on a network
+        file system, or it was made by another version.
     """
     folder = path.parent
     try:
@@ -260,6 +261,11 @@ def open_ledger(path: Path, run: str, *, clock: Callable[[], float] = time.time)
             raise ConfigError(f"{path} cannot be used as a ledger ({error}); move it away or fix its folder") from error
         try:
             yield ledger
+        except sqlite3.Error as error:
+            raise ConfigError(
+                f"{path} cannot be written any more ({error}); make room or fix its folder, and start again: "
+                "what it holds is kept"
+            ) from error
         finally:
             database.close()
 

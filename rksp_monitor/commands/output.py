@@ -8,14 +8,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rksp_core.errors import ConfigError
 from rksp_monitor.output_file import write_output
 
 
 def emit(text: str, output_file: Path | None, note: str) -> None:
-    """Write a report to the file and say so on stderr, or to stdout."""
+    """Write a report to the file and say so on stderr, or to stdout.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be written.
+    BrokenPipeError
+        When the reader of stdout went away.
+    """
     if output_file is None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise ConfigError(f"the report cannot be written to stdout: {error.strerror}") from error
         return
     write_output(output_file, text)
     print(f"rksp: {note} {output_file}", file=sys.stderr)

@@ -177,6 +177,42 @@ class TestOutput:
         assert "output file" in capsys.readouterr().err
 
 
+class TestStreams:
+    """Nothing that happens to a stream looks like "high risk"."""
+
+    def shell(self, redirection: str, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = " ".join([sys.executable, "-m", "rksp_monitor", *argv, redirection])
+        return subprocess.run(
+            ["bash", "-o", "pipefail", "-c", command],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+            timeout=120,
+        )
+
+    @pytest.mark.parametrize("argv", [("preflight", TINY, "--exit-zero"), ("config", "schema")])
+    def test_a_reader_that_left_is_exit_2(self, argv: tuple[str, ...]) -> None:
+        done = self.shell("| sleep 0", *argv)
+        assert (done.returncode, done.stderr) == (2, "")
+
+    def test_no_stdout_at_all(self) -> None:
+        done = self.shell(">&-", "preflight", TINY, "--exit-zero")
+        assert (done.returncode, done.stderr) == (0, "")
+
+    def test_no_stderr_at_all(self, tmp_path: Path) -> None:
+        done = self.shell("2>&-", "watch", str(tmp_path), "--once")
+        assert (done.returncode, done.stdout) == (3, "")
+
+    def test_a_full_disk_behind_stdout(self) -> None:
+        done = self.shell("> /dev/full", "preflight", TINY)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "No space left" in done.stderr
+
+    def test_an_encoding_without_the_letters(self) -> None:
+        done = self.shell("", "preflight", TINY, "--exit-zero", PYTHONIOENCODING="ascii")
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 class TestProbe:
     """`rksp probe make`, `show`, and preflight with the result."""
 

@@ -162,6 +162,21 @@ def test_a_ledger_of_another_version_or_no_ledger_is_refused(tmp_path: Path):
         pass
 
 
+def test_a_disk_that_fills_up_is_one_sentence_and_loses_nothing(tmp_path: Path):
+    path, recorded = tmp_path / "run.sqlite3", []
+
+    def fill(ledger: Ledger) -> None:
+        ledger._database.execute("PRAGMA max_page_count = 20")  # gives the same error as a full disk
+        for step in range(10_000):
+            ledger.record(sighting(step))
+            recorded.append(step)
+
+    with pytest.raises(ConfigError, match="is full"), open_ledger(path, "run") as ledger:
+        fill(ledger)
+    with open_ledger(path, "run") as ledger:
+        assert [event.step for event in ledger.events("ready")] == recorded != []
+
+
 def test_a_remote_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("rksp_monitor.ledger.filesystem_of", lambda _: "nfs4")
     with pytest.raises(ConfigError, match="is on nfs4"), open_ledger(tmp_path / "run.sqlite3", "run"):
