@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from rksp_core import batch as batches
-from rksp_core.errors import ModelError, NoBlocksError
+from rksp_core.errors import ModelError, NoBlocksError, ProbeError
 from rksp_core.moments import Moments
 from rksp_core.untouched import as_written, evaluating
 
@@ -95,10 +95,14 @@ def capture(
         When no blocks are found.
     ModelError
         When the model raises on the batch, or a block is not run or changes the shape of the stream.
+    ProbeError
+        When the batch holds no sequence.
     """
     model = uncompiled(model)
     stack = _resolve(model, blocks)
-    mask = batches.token_mask(batch, decoder="decoder" in stack[0].name)
+    if not batches.sequences(batch):
+        raise ProbeError("the probe holds no sequence; give at least one")
+    mask = batches.token_mask(batch, decoder=any("decoder" in block.name for block in stack))
     recorder = _Recorder(batches.sequences(batch), mask, samples, seed)
     handles = []
     try:
@@ -257,7 +261,7 @@ def _run(model: nn.Module, batch: batches.Batch, recorder: _Recorder, blocks: in
 
 
 def _resolve(model: nn.Module, blocks: str | Sequence[str] | Sequence[Block] | None) -> list[Block]:
-    if blocks is not None and not isinstance(blocks, str) and all(isinstance(block, Block) for block in blocks):
+    if blocks and not isinstance(blocks, str) and all(isinstance(block, Block) for block in blocks):
         return [block for block in blocks if isinstance(block, Block)]
     return find_blocks(model, blocks)  # type: ignore[arg-type]
 

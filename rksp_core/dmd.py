@@ -11,7 +11,7 @@ the directions that the data really span: the literal pseudo-inverse amplifies w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -80,12 +80,14 @@ def whitened_dmd(
     Raises
     ------
     ValueError
-        With fewer than two samples, or a rank below 1.
+        With fewer than two samples, a rank below 1, a negative eps or an unknown mode of it.
     """
     if moments.count < 2:
         raise ValueError(f"an operator needs at least 2 samples, got {moments.count}")
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
+    if eps_mode not in get_args(EpsMode) or not eps >= 0:
+        raise ValueError(f"eps must be at least 0, relative or absolute, got {eps} {eps_mode!r}")
     span = _span(moments, rank, seed)
     ridge = eps * span.mean_variance if eps_mode == "relative" else eps
     damped = span.variance + ridge

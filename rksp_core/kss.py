@@ -77,7 +77,7 @@ def kss_loss(
     Raises
     ------
     ValueError
-        When the shapes differ, the variant is unknown, a state is not finite, or none of the input varies.
+        When the shapes differ, rank or variant is impossible, a state is not finite, or the input does not vary.
     torch.linalg.LinAlgError
         When the reduced operator has no eigenvector basis (a defective matrix): there is no derivative.
     """
@@ -86,12 +86,18 @@ def kss_loss(
             f"kss_loss needs two tensors (tokens, width) of at least 2 tokens, got {tuple(h_in.shape)} "
             f"and {tuple(h_out.shape)}"
         )
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    _check(rank, variant)
     if not bool(h_in.isfinite().all() and h_out.isfinite().all()):
         raise ValueError("kss_loss needs finite residual states, got NaN or infinity; skip this block")
     options = (rank, gamma, beta, variant, seed)
     return _penalty(h_in.double(), h_out.double(), ROUNDING[h_in.dtype], *options)
+
+
+def _check(rank: int, variant: str) -> None:
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
 
 
 def _penalty(
@@ -197,8 +203,7 @@ class KSSRegularizer:
         blocks: str | Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
-        if variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        _check(rank, variant)
         self.settings = KSSSettings(alpha, interval, layer_fraction, gamma)
         self.steps = 0
         self.skipped_layers = 0

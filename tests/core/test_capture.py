@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rksp_core import find_blocks, profile_model
 from rksp_core.capture import capture, sample_positions
-from rksp_core.errors import ModelError, NoBlocksError
+from rksp_core.errors import ModelError, NoBlocksError, ProbeError
 from rksp_core.untouched import evaluating
 
 WIDTH, VOCABULARY = 16, 50
@@ -320,3 +320,10 @@ def test_a_model_compiled_in_place_is_profiled_as_its_original() -> None:
     compiled.compile(backend="eager", fullgraph=True)
     compiled.eval()(tokens())
     assert profile_model(compiled, tokens()).to_dict() == profile_model(plain, tokens()).to_dict()
+
+
+def test_nothing_to_profile_is_one_clear_sentence(model: Model) -> None:
+    with pytest.raises(NoBlocksError, match="candidates: layers"):
+        capture(model, tokens(), blocks=[])
+    with pytest.raises(ProbeError, match="holds no sequence"):
+        capture(model, tokens(0))

@@ -169,8 +169,16 @@ def test_an_identity_block_is_not_informative_yet() -> None:
     assert layer.kreiss_classical == pytest.approx(1.0, rel=1e-9)
 
 
-@pytest.mark.parametrize(("call", "sentence"), [({"rank": 0}, "rank must be at least 1"), ({}, "at least 2 samples")])
-def test_bad_arguments(call: dict[str, int], sentence: str) -> None:
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"eps": -1.0}, "eps must be at least 0"),
+        ({"eps_mode": "relativ"}, "relative or absolute, got 1e-05 'relativ'"),
+        ({}, "at least 2 samples"),
+    ],
+)
+def test_bad_arguments(call: dict[str, object], sentence: str) -> None:
     moments = Moments(3)
     if call:
         moments.update(torch.randn(9, 3), torch.randn(9, 3))

@@ -266,3 +266,10 @@ class TestRegularizerInTraining:
 def test_one_token_has_no_spectrum() -> None:
     with pytest.raises(ValueError, match="at least 2 tokens"):
         kss_loss(torch.zeros(1, 4), torch.zeros(1, 4))
+
+
+def test_a_rank_of_nothing_is_refused_before_the_training_starts() -> None:
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        KSSRegularizer(Model(1), rank=0)
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        kss_loss(torch.randn(8, 4), torch.randn(8, 4), rank=0)
