@@ -56,7 +56,7 @@ def features(profile: ModelProfile) -> dict[str, float]:
     """
     numbers: dict[str, float] = {}
     for name, (source, over_layers, logarithm) in _SPECTRAL.items():
-        known = [value for value in profile.values(source) if value is not None]
+        known = [value for value in profile.values(source) if value is not None and math.isfinite(value)]
         if known:
             value = over_layers(known)
             numbers[name] = _log(value) if logarithm else value
@@ -148,7 +148,8 @@ def measure(state: DriftState | None, profile: ModelProfile, step: int) -> tuple
     if state is None:
         if "near_unit_mass_mean" not in numbers:
             return None, Drift(step, numbers)
-        return DriftState(name, step, numbers, step, numbers), Drift(step, numbers, baseline=numbers)
+        trailing = {key: value for key, value in numbers.items() if math.isfinite(value)}
+        return DriftState(name, step, numbers, step, trailing), Drift(step, numbers, baseline=numbers)
     if name != state.identity:
         raise ProfileError(
             f"the profile of step {step} has another probe or other settings ({name}) than the baseline of step "

@@ -205,7 +205,7 @@ class ModelProfile:
         try:
             if Path(path).suffix == ".npz":
                 return cls._from_npz(path)
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(_strict_json(Path(path).read_text(encoding="utf-8")))
         except ProfileError as error:
             raise ProfileError(f"{path}: {error}") from error
         except (OSError, EOFError, ValueError, KeyError, RecursionError, BadZipFile, ZlibError) as error:
@@ -225,7 +225,7 @@ class ModelProfile:
     def _from_npz(cls, path: str | os.PathLike[str]) -> ModelProfile:
         # From bytes: NumPy leaves a file open that turns out to be no archive.
         with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as arrays:
-            profile = cls.from_dict(json.loads(str(arrays["document"])))
+            profile = cls.from_dict(_strict_json(str(arrays["document"])))
             layers = [
                 dataclasses.replace(layer, eigenvalues=tuple(arrays[f"eigenvalues_{index}"].tolist()))
                 if f"eigenvalues_{index}" in arrays
@@ -233,6 +233,15 @@ class ModelProfile:
                 for index, layer in enumerate(profile.layers)
             ]
         return dataclasses.replace(profile, layers=tuple(layers))
+
+
+def _strict_json(text: str) -> Any:
+    """Parse JSON; Python's own extensions NaN and Infinity are refused, as they are never written."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON, which has null for it")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def _aggregate(values: Iterable[float | None]) -> dict[str, float | None]:

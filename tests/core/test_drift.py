@@ -118,3 +118,12 @@ def test_the_state_survives_json():
     state, _ = follow({10 * n: profile(near_unit_mass=0.8 - 0.01 * n, loss=2.0) for n in range(1, 6)})
     assert state is not None
     assert DriftState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_first_figure_that_is_not_finite_poisons_no_average(bad: float) -> None:
+    state, _ = measure(None, profile(kreiss_constant=bad, loss=bad), 0)
+    for step in (10, 20):
+        state, drift = measure(state, profile(kreiss_constant=2.0, loss=1.0), step)
+    assert drift.from_trailing("log_kreiss_mean") == 0.0
+    assert drift.from_trailing("loss") == 0.0

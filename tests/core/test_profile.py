@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -114,6 +115,14 @@ def test_a_damaged_archive_is_one_clear_sentence(profile: ModelProfile, tmp_path
         }[damage]
     )
     with pytest.raises(ProfileError, match=r"profile\.npz"):
+        ModelProfile.load(path)
+
+
+def test_a_number_that_json_does_not_have_is_refused(profile: ModelProfile, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    document = profile.to_dict() | {"step": 3, "loss": math.nan}
+    path.write_text(json.dumps(document))
+    with pytest.raises(ProfileError, match=r"profile\.json cannot be read as a profile \(NaN is no number"):
         ModelProfile.load(path)
 
 
