@@ -34,8 +34,8 @@ class Moments:
     width
         d, the width of the residual stream.
     samples
-        How many samples will come, when that is known. Below 2 d they take less room than the moments (3 d^2
-        numbers), so they are kept as they are and folded only when more of them come.
+        How many samples will come, when that is known. Below 1.5 d their 2 d numbers each take less room than the
+        moments' 3 d^2, so they are kept as they are and folded only when more of them come.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class Moments:
         self.width = width
         self.count = 0
         self.rounding = 0.0
-        self._keep = samples is not None and samples < 2 * width
+        self._keep = samples is not None and self._worth_keeping(samples)
         self._snapshots: list[tuple[Tensor, Tensor]] = []
         self._hashes: Int[Tensor, " distinct"] = torch.empty(0, dtype=torch.int64)
         self._mean: Float[Tensor, "2 d"] | None = None
@@ -91,7 +91,7 @@ class Moments:
             return
         h_in, h_out = h_in.detach(), h_out.detach()
         self._hashes = torch.cat([self._hashes, _row_hashes(h_in).cpu()]).unique()  # type: ignore[no-untyped-call]
-        if self._keep and self.count + h_in.shape[0] < 2 * self.width:
+        if self._keep and self._worth_keeping(self.count + h_in.shape[0]):
             self._snapshots.append((h_in.cpu().clone(), h_out.cpu().clone()))
             self.count += h_in.shape[0]
             return
@@ -110,7 +110,7 @@ class Moments:
             raise ValueError(f"moments of widths {self.width} and {other.width} cannot be merged")
         self.rounding = max(self.rounding, other.rounding)
         self._hashes = torch.cat([self._hashes, other._hashes]).unique()  # type: ignore[no-untyped-call]
-        if self._keep and other._keep and self.count + other.count < 2 * self.width:
+        if self._keep and other._keep and self._worth_keeping(self.count + other.count):
             self._snapshots += other._snapshots
             self.count += other.count
             return
@@ -199,6 +199,10 @@ class Moments:
             else:
                 moments._mean, moments._second = torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["second"])
         return moments
+
+    def _worth_keeping(self, count: int) -> bool:
+        """Whether so many samples are fewer numbers than their moments."""
+        return 2 * count < 3 * self.width
 
     def _fold(self) -> None:
         """Turn kept snapshots into moments; from then on nothing is kept."""

@@ -74,6 +74,15 @@ def test_keeping_snapshots_changes_nothing(cuts: list[int], bound: int) -> None:
     assert_same(kept, folded)
 
 
+def test_snapshots_are_never_larger_than_the_moments() -> None:
+    x, y = stream(3 * WIDTH, 3)
+    for count in range(1, 3 * WIDTH):
+        moments = Moments(WIDTH, samples=count)
+        moments.update(x[:count], y[:count])
+        kept = moments.snapshots
+        assert kept is None or kept[0].numel() + kept[1].numel() <= moments.second.numel()
+
+
 def test_snapshots_are_kept_only_while_they_are_smaller_than_the_moments() -> None:
     x, y = stream(30, 3)
     moments = Moments(WIDTH, samples=10)
