@@ -133,11 +133,13 @@ class Ledger:
         return dict.fromkeys(STATUSES, 0) | dict(rows)
 
     def next_ready(self, kind: Kind | None = None) -> Event | None:
-        """Return the ready event (of a kind) of the lowest step whose back-off is over."""
+        """Return the ready event (of a kind) of the lowest step whose back-off is over, or was cut by a clock set back."""
+        now = self._clock()
         row = self._database.execute(
-            f"SELECT {_COLUMNS} FROM events WHERE run = ? AND status = 'ready' AND not_before <= ? "  # noqa: S608
-            "AND kind = coalesce(?, kind) ORDER BY step, kind DESC, first_seen LIMIT 1",
-            (self._run, self._clock(), kind),
+            f"SELECT {_COLUMNS} FROM events WHERE run = ? AND status = 'ready' "  # noqa: S608
+            "AND (not_before <= ? OR updated > ?) AND kind = coalesce(?, kind) "
+            "ORDER BY step, kind DESC, first_seen LIMIT 1",
+            (self._run, now, now, kind),
         ).fetchone()
         return _event(row) if row else None
 
@@ -217,7 +219,7 @@ class Ledger:
         try:
             yield
         except BaseException:
-            if self._database.in_transaction:  # a full disk has ended it already
+            with contextlib.suppress(sqlite3.OperationalError):  # a full disk has ended it already
                 self._database.execute("ROLLBACK")
             raise
         self._database.execute("COMMIT")
@@ -285,10 +287,12 @@ def _single_writer(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"cannot lock {path} ({error.strerror}); name another --state-dir") from error
     try:
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        with contextlib.suppress(OSError):  # a courtesy; a folder that is really not writable is found out next
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
-        owner.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            owner.unlink()
         lock.release()
 
 

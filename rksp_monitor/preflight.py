@@ -32,6 +32,11 @@ NO_PROBABILITY = (
     "larger means riskier, and only within one kind of model"
 )
 
+LOWER = (
+    "lower --micro-batch (sequences in one forward pass), then --samples, use --dtype bfloat16, leave out --lr (the "
+    "look-ahead holds a copy of the model and its optimizer), or set OMP_NUM_THREADS=1 (one layer at a time)"
+)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -162,7 +167,7 @@ def has_normalization(blocks: Iterable[nn.Module]) -> bool:
 
 
 @contextlib.contextmanager
-def memory_limit(device: torch.device | str) -> Iterator[None]:
+def memory_limit(device: torch.device | str, lower: str = LOWER) -> Iterator[None]:
     """Turn running out of memory, here or on a GPU, into one sentence that says what to lower."""
     try:
         yield
@@ -171,11 +176,7 @@ def memory_limit(device: torch.device | str) -> Iterator[None]:
         exhausted = isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
         if not exhausted:
             raise
-        raise MemoryLimitError(
-            f"out of memory on {device}; lower --micro-batch (sequences in one forward pass), then --samples, use "
-            "--dtype bfloat16, leave out --lr (the look-ahead holds a copy of the model and its optimizer), or set "
-            "OMP_NUM_THREADS=1 (one layer at a time)"
-        ) from error
+        raise MemoryLimitError(f"out of memory on {device}; {lower}") from error
 
 
 def _require_finite(layers: Iterable[LayerProfile]) -> None:

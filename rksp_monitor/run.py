@@ -34,7 +34,7 @@ def describe_run(folder: Path, settings: WatchSettings) -> Run:
     Raises
     ------
     ConfigError
-        When the probe that the settings name is not there.
+        When the probe that the settings name is not there, or the trainer's configuration may not be read.
     """
     trainer = _trainer_config(folder)
     section = trainer.get("control")
@@ -57,11 +57,18 @@ def _ledger(name: str, folder: Path, state_dir: Path | None) -> Path:
 
 
 def _trainer_config(folder: Path) -> dict[str, Any]:
-    """Read the trainer's YAML; one that is not there, or of another kind, says nothing."""
+    """Read the trainer's YAML; one that is not there, or of another kind, says nothing.
+
+    One that may not be read is an error: under a guessed name the run would get another ledger, and orders that its
+    trainer ignores.
+    """
+    path = folder / CONFIG
     try:
-        document = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return {}
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); it names the run and its model") from error
     return document if isinstance(document, dict) else {}
 
 

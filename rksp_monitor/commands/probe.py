@@ -31,6 +31,7 @@ def make(
 ) -> int:
     """Make a probe from a text, from a raw batch, or from random tokens."""
     from rksp_monitor.output_file import require_writable
+    from rksp_monitor.preflight import memory_limit
     from rksp_monitor.probe import random_probe, read_probe, write_probe
     from rksp_monitor.tokens import text_probe
 
@@ -48,7 +49,8 @@ def make(
     elif batch is not None:
         made = read_probe(batch)
     else:
-        made = random_probe(vocabulary or 0, sequences, length, seed)
+        with memory_limit("cpu", "lower --sequences or --length"):
+            made = random_probe(vocabulary or 0, sequences, length, seed)
     try:
         write_probe(made, output)
     except OSError as error:

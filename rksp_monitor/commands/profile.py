@@ -126,10 +126,15 @@ class _Source:
 
         if path.suffix in (".json", ".npz"):
             return ModelProfile.load(path)
-        if self._subject is None:
-            self._subject = self._build(path)
-        with progress_bar() as progress:
-            return self._subject.profile(path, progress)
+        from rksp_core.device import choose_device
+        from rksp_monitor.preflight import memory_limit
+
+        lower = "lower --samples, or make a --probe of fewer or shorter sequences; the model itself must fit"
+        with memory_limit(choose_device(self._options["device"]), lower):
+            if self._subject is None:
+                self._subject = self._build(path)
+            with progress_bar() as progress:
+                return self._subject.profile(path, progress)
 
     def _build(self, path: Path) -> Subject:
         """Build what the path is replayed with; a checkpoint in a run folder knows its model and probe."""

@@ -65,6 +65,10 @@ def test_python_m_and_its_help() -> None:
         (["preflight", "no such:model"], "no module 'no such'"),
         (["probe", "make", "p.safetensors"], "give one source of the probe"),
         (["probe", "make", "p.safetensors", "--text", "t.txt"], "--text and --tokenizer belong together"),
+        (
+            ["probe", "make", "p.safetensors", "--vocabulary", "9", "--sequences", "99999999", "--length", "999999"],
+            "out of memory on cpu; lower --sequences or --length",
+        ),
         (["probe", "make", "p.npy", "--vocabulary", "3"], "a probe file ends in .safetensors, got p.npy"),
         (["watch", "nowhere", "--port-file", "nowhere/port"], "there is no folder"),
         (["probe", "show", "nowhere.safetensors"], "nowhere.safetensors cannot be read"),

@@ -12,6 +12,7 @@ from rksp_core.errors import ConfigError
 from rksp_core.orders import KSSSettings
 from rksp_monitor.cli import run
 from rksp_monitor.config import WatchSettings, read_settings
+from rksp_monitor.run import describe_run
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -94,6 +95,15 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, capsys: pytest.Cap
     assert MISTAKES[text] in said
     assert said.count("\n") == 1
     assert str(path) in said
+
+
+def test_a_trainers_configuration_that_may_not_be_read_is_no_guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(ConfigError, match=r"config\.yaml cannot be read \(Permission denied\)"):
+        describe_run(tmp_path, WatchSettings())
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,16 @@ def test_a_retry_waits_for_its_back_off(ledger: Ledger, clock: Clock):
     assert (again.attempts, again.error) == (1, "damaged")
 
 
+def test_a_clock_that_is_set_back_does_not_prolong_a_back_off(ledger: Ledger, clock: Clock):
+    ledger.record(sighting(1))
+    event = ledger.next_ready()
+    assert event is not None
+    ledger.claim(event)
+    ledger.retry(event, "damaged", 5.0)
+    clock.now -= 500
+    assert ledger.next_ready() is not None
+
+
 def test_a_checkpoint_written_again_replaces_one_that_waits(ledger: Ledger):
     ledger.record(sighting(1, "old"))
     ledger.record(sighting(1, "new"))
@@ -175,6 +185,15 @@ def test_a_disk_that_fills_up_is_one_sentence_and_loses_nothing(tmp_path: Path):
         fill(ledger)
     with open_ledger(path, "run") as ledger:
         assert [event.step for event in ledger.events("ready")] == recorded != []
+
+
+def test_a_state_folder_that_refuses_the_owners_name_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    with open_ledger(tmp_path / "run.sqlite3", "run") as ledger:
+        assert ledger.record(sighting(1))
 
 
 def test_a_remote_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

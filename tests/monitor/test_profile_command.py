@@ -97,6 +97,7 @@ def test_a_profile_without_any_number_is_inconclusive(tmp_path: Path):
         (["{folder}/step-00000100", *FLAGS, "--arg", "width=8"], "does not fit the model: shapes: embedding.weight"),
         (["{folder}/step-00000100", *FLAGS, "--output-file", "nowhere/x.json"], "cannot be written"),
         (["missing.json"], "missing.json cannot be read as a profile"),
+        (["{folder}/step-00000100", *FLAGS, "--arg", "width=10000000000"], "out of memory on cpu; lower --samples"),
     ],
 )
 def test_a_mistake_is_one_sentence(
