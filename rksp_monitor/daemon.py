@@ -68,7 +68,7 @@ class Daemon:
     stop, wake
         Set both to end `run`.
     tick
-        Called from the work loop, at least every second: the supervisor's watchdog.
+        Called from the work loop, at each scan and every moment of a replay: the supervisor's watchdog.
     reload
         Called before each scan; returns new settings when there are some.
     """

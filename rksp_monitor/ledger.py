@@ -133,7 +133,7 @@ class Ledger:
         return dict.fromkeys(STATUSES, 0) | dict(rows)
 
     def next_ready(self, kind: Kind | None = None) -> Event | None:
-        """Return the ready event (of a kind) of the lowest step whose back-off is over, or was cut by a clock set back."""
+        """Return the ready event (of a kind) of the lowest step whose back-off is over; a clock set back ends it."""
         now = self._clock()
         row = self._database.execute(
             f"SELECT {_COLUMNS} FROM events WHERE run = ? AND status = 'ready' "  # noqa: S608

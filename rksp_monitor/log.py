@@ -6,6 +6,7 @@ import os
 import sys
 
 import structlog
+from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import FilteringBoundLogger, Processor
 
 
@@ -20,7 +21,7 @@ def make_logger(level: int = 20) -> FilteringBoundLogger:
         shared.append(structlog.dev.ConsoleRenderer(colors="NO_COLOR" not in os.environ))
     else:
         shared += [
-            structlog.processors.dict_tracebacks,
+            structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
             structlog.processors.JSONRenderer(sort_keys=False, default=str),
         ]
     logger: FilteringBoundLogger = structlog.wrap_logger(
