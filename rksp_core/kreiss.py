@@ -21,6 +21,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,7 +91,7 @@ def kreiss_constant(
     Raises
     ------
     ValueError
-        If A is not real, square and finite, if the eigensystem is another operator's, or if theta is below rho.
+        If A is not real, square and finite, if the eigensystem is of another order, or if theta is below rho.
     """
     system = _system(A, eigensystem)
     radius = system.spectral_radius
@@ -158,9 +159,10 @@ def _classical(system: Eigensystem, form: Form, theta: float, value: float) -> f
 def _system(A: Any, given: Eigensystem | None) -> Eigensystem:
     if given is None:
         return decompose(A)
-    if tuple(A.shape) != tuple(given.operator.shape):
+    shape = tuple(np.shape(A))
+    if shape != tuple(given.operator.shape):
         raise ValueError(
-            f"the eigensystem is of order {given.size}, the operator has shape {tuple(A.shape)}; pass eigensystem(A)"
+            f"the eigensystem is of order {given.size}, the operator has shape {shape}; pass eigensystem(A)"
         )
     return given
 

@@ -33,7 +33,7 @@ class LookAhead:
     Attributes
     ----------
     steps
-        Steps taken; fewer than asked when the loss or the gradient was no longer finite.
+        Steps looked at: fewer than asked when the loss or the gradient was no longer finite, the last one not taken.
     losses, gradient_norms
         One figure a step, before that step; None where it was not finite.
     hidden_rms_before, hidden_rms_after

@@ -342,3 +342,8 @@ def test_growth_counts_the_start_and_refuses_nonsense():
         transient_growth(np.eye(2), -1)
     with pytest.raises(ValueError, match="positive"):
         transient_growth(np.eye(2), 3, 0.0)
+
+
+def test_a_list_of_rows_is_an_operator_with_its_eigensystem_too():
+    rows = [[0.5, 1.0], [0.0, 0.2]]
+    assert kreiss_constant(rows, eigensystem=eigensystem(rows)) == kreiss_constant(rows)
