@@ -37,7 +37,7 @@ class ControlWriter:
     Parameters
     ----------
     folder
-        The control folder; it is created (0700) when it is missing.
+        The control folder; created when it is missing, 0700, or 0770 where ``mode`` lets the group read.
     mode
         Permission bits of ``desired.json``; 0600 unless the trainer runs as another user.
     clock
@@ -119,7 +119,8 @@ class ControlWriter:
             When the control folder cannot be written.
         """
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # A trainer of the same group has to enter the folder and to put its answer there.
+            self.folder.mkdir(mode=0o770 if self._mode & 0o040 else 0o700, parents=True, exist_ok=True)
             write_atomic(
                 self.folder / ORDER_FILE,
                 json.dumps(desired.to_dict(), indent=1, allow_nan=False) + "\n",

@@ -45,14 +45,15 @@ _SPECTRAL: dict[str, tuple[str, Callable[[Sequence[float]], float], bool]] = {
     "log_henrici_max": ("henrici_departure", max, True),
 }
 
-FEATURES = (*_SPECTRAL, "not_finite_layers", "loss", "gradient_norm")
+FEATURES = (*_SPECTRAL, "not_finite_layers", "not_finite_figures", "loss", "gradient_norm")
 
 
 def features(profile: ModelProfile) -> dict[str, float]:
     """Return the numbers of a profile that drift is measured in; one that is unknown is left out.
 
     Names are those of `FEATURES`: masses in [0, 1], logarithms natural (of the mean or the maximum over the layers),
-    ``not_finite_layers`` a count, ``loss`` and ``gradient_norm`` as the trainer wrote them into its own profile.
+    ``not_finite_layers`` a count; ``loss`` and ``gradient_norm`` as the trainer wrote them into its own profile, and
+    ``not_finite_figures`` the number of those that were NaN or infinite.
     """
     numbers: dict[str, float] = {}
     for name, (source, over_layers, logarithm) in _SPECTRAL.items():
@@ -61,6 +62,7 @@ def features(profile: ModelProfile) -> dict[str, float]:
             value = over_layers(known)
             numbers[name] = _log(value) if logarithm else value
     numbers["not_finite_layers"] = float(sum("not_finite" in layer.status for layer in profile.layers))
+    numbers["not_finite_figures"] = float(len(profile.not_finite))
     for name in ("loss", "gradient_norm"):
         value = getattr(profile, name)
         if value is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rksp_core import batch as batches
 from rksp_core.capture import find_blocks, stream_of, stream_out, uncompiled
 from rksp_core.errors import ConfigError, ModelError
-from rksp_core.profile import ModelProfile
+from rksp_core.profile import ModelProfile, finite_or_none
 from rksp_core.untouched import random_state_kept
 
 OptimizerName = Literal["adamw", "adam", "sgd"]
@@ -106,8 +106,8 @@ def look_ahead(
                 raise ModelError("the loss must be a scalar tensor with a gradient; return a mean over the batch")
             value.backward()  # type: ignore[no-untyped-call]
             norm = torch.nn.utils.get_total_norm([p.grad for p in moved.parameters() if p.grad is not None])
-            losses.append(_finite(value.item()))
-            norms.append(_finite(norm.item()))
+            losses.append(finite_or_none(value.item()))
+            norms.append(finite_or_none(norm.item()))
             if losses[-1] is None or norms[-1] is None:
                 break
             stepper.step()
@@ -156,8 +156,4 @@ def _hidden_rms(model: nn.Module, block: nn.Module, batch: batches.Batch) -> flo
             batches.call(model, batch)
     finally:
         handle.remove()
-    return _finite(found[0]) if found else None
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return finite_or_none(found[0]) if found else None

@@ -97,6 +97,7 @@ DEFAULT_RULES = (
     Rule("gradient_norm_is_large", 3, (Condition("gradient_norm", 500.0, "absolute"),)),
     Rule("loss_is_large", 3, (Condition("loss", 50.0, "absolute"),)),
     Rule("activations_not_finite", 3, (Condition("not_finite_layers", 0.0, "absolute"),)),
+    Rule("loss_or_gradient_not_finite", 3, (Condition("not_finite_figures", 0.0, "absolute"),)),
 )
 
 # A level that is not listed takes the entry of the next lower one that is; level 0 without an entry is off.
@@ -240,6 +241,6 @@ def _reason(level: int, fired: list[Rule], drift: Drift) -> Reason:
         checkpoint_step=drift.step,
         metric=condition.metric,
         value=drift.values.get(condition.metric),
-        baseline=condition.reference(drift),
+        baseline=None if condition.against == "absolute" else condition.reference(drift),
         threshold=condition.by,
     )

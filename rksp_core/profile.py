@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -98,11 +99,16 @@ class LayerProfile:
         known = {f.name for f in dataclasses.fields(cls)}
         values = {name: value for name, value in document.items() if name in known}
         values["status"] = tuple(values.get("status", ("ok",)))
+        for name in (*_COUNTS, *_NUMBERS):
+            values[name] = _number(values, name, optional=name not in _COUNTS)
         values["reliable"] = ReliableMasses(**values["reliable"])
         pairs = values.get("eigenvalues")
         values["eigenvalues"] = None if pairs is None else tuple(complex(re, im) for re, im in pairs)
         return cls(**values)
 
+
+_COUNTS = ("width", "rank", "samples", "distinct_samples")
+_NUMBERS = tuple(f.name for f in dataclasses.fields(LayerProfile) if f.type in ("float | None", "int | None"))
 
 # Fields with one number per layer; `ModelProfile.summary` aggregates each of them.
 SUMMARY_FIELDS = (
@@ -127,7 +133,8 @@ class ModelProfile:
     """The profile of a model: its layers in depth order, and the settings and probe they belong to.
 
     Two profiles can be compared only when ``settings`` and ``probe["sha256"]`` agree.
-    ``step``, ``loss`` and ``gradient_norm`` are filled by a trainer that writes its own profiles.
+    ``step``, ``loss`` and ``gradient_norm`` are filled by a trainer that writes its own profiles; ``not_finite`` names
+    those of its figures that were NaN or infinite, which is another thing than not known.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -136,6 +143,7 @@ class ModelProfile:
     step: int | None = None
     loss: float | None = None
     gradient_norm: float | None = None
+    not_finite: tuple[str, ...] = ()
 
     @property
     def summary(self) -> dict[str, dict[str, float | None]]:
@@ -159,6 +167,7 @@ class ModelProfile:
         }
         if self.step is not None:
             document |= {"step": self.step, "loss": self.loss, "gradient_norm": self.gradient_norm}
+            document["not_finite"] = list(self.not_finite)
         return document
 
     @classmethod
@@ -175,13 +184,16 @@ class ModelProfile:
         if schema not in (SCHEMA, "rksp.preflight/1"):
             raise ProfileError(f"a profile has schema {SCHEMA!r}, got {schema!r}; write one with `rksp profile`")
         try:
+            if not document["layers"]:
+                raise ValueError("it holds no layers")
             return cls(
                 layers=tuple(LayerProfile.from_dict(layer) for layer in document["layers"]),
                 settings=dict(document.get("settings", {})),
                 probe=dict(document.get("probe", {})),
                 step=document.get("step"),
-                loss=document.get("loss"),
-                gradient_norm=document.get("gradient_norm"),
+                loss=_number(document, "loss"),
+                gradient_norm=_number(document, "gradient_norm"),
+                not_finite=tuple(document.get("not_finite", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProfileError(f"the profile document is damaged ({error!r}); write it again") from error
@@ -242,6 +254,18 @@ def _strict_json(text: str) -> Any:
         raise ValueError(f"{constant} is no number of JSON, which has null for it")
 
     return json.loads(text, parse_constant=refuse)
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """Return the value where it is a finite number, else None: how a profile writes what is not known."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _number(document: Mapping[str, Any], name: str, *, optional: bool = True) -> Any:
+    value = document.get(name)
+    if (value is None and optional) or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    raise ValueError(f"{name} must be a number{' or null' if optional else ''}, got {value!r}")
 
 
 def _aggregate(values: Iterable[float | None]) -> dict[str, float | None]:

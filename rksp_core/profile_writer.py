@@ -7,10 +7,11 @@ pass and some linear algebra, so a trainer can afford one every few steps.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 
-from rksp_core.profile import ModelProfile
+from rksp_core.profile import ModelProfile, finite_or_none
 
 FOLDER = "profiles"
 
@@ -46,13 +47,17 @@ class ProfileWriter:
     ) -> Path:
         """Write one profile with the trainer's own figures beside it, and return its path.
 
-        ``loss`` and ``gradient_norm`` (before clipping) may be None, or not finite: then they are stored as None.
+        ``loss`` and ``gradient_norm`` (before clipping) may be None, not known, or not finite: then they are stored as
+        None, too, and named in ``not_finite``.
         """
-        stamped = dataclasses.replace(profile, step=step, loss=_finite(loss), gradient_norm=_finite(gradient_norm))
+        figures = {"loss": loss, "gradient_norm": gradient_norm}
+        stamped = dataclasses.replace(
+            profile,
+            step=step,
+            loss=finite_or_none(loss),
+            gradient_norm=finite_or_none(gradient_norm),
+            not_finite=tuple(name for name, value in figures.items() if value is not None and not math.isfinite(value)),
+        )
         path = self.folder / f"step-{step:08d}.json"
         stamped.save(path, eigenvalues=False)
         return path
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and abs(value) < float("inf") else None

@@ -14,7 +14,7 @@ from rksp_core.dmd import EPS, EpsMode, whitened_dmd
 from rksp_core.eigensystem import eigensystem
 from rksp_core.kreiss import kreiss_constant, transient_growth
 from rksp_core.moments import Moments
-from rksp_core.profile import LayerProfile, ModelProfile
+from rksp_core.profile import LayerProfile, ModelProfile, finite_or_none
 from rksp_core.spectrum import CONTRACTIVE, LOWER, RESIDUAL_TOLERANCE, UPPER, spectrum
 
 REMEDIES = {
@@ -146,13 +146,13 @@ def profile_layer(
         **masses,
         reliable=figures.reliable,
         spectral_radius=figures.spectral_radius,
-        eigenvector_condition=_finite(figures.eigenvector_condition),
+        eigenvector_condition=finite_or_none(figures.eigenvector_condition),
         sigma_max=figures.sigma_max,
         henrici_departure=figures.henrici_departure,
-        kreiss_constant=_finite(kreiss.value),
+        kreiss_constant=finite_or_none(kreiss.value),
         kreiss_theta=kreiss.theta,
-        kreiss_classical=_finite(kreiss.classical),
-        transient_growth=_finite(transient_growth(operator.matrix, depth, kreiss.theta, eigensystem=system)),
+        kreiss_classical=finite_or_none(kreiss.classical),
+        transient_growth=finite_or_none(transient_growth(operator.matrix, depth, kreiss.theta, eigensystem=system)),
         nonlinearity_ratio=operator.nonlinearity_ratio,
         update_ratio=operator.update_ratio,
         status=operator.status or ("ok",),
@@ -176,7 +176,3 @@ def _profile_all(
         if progress is not None:
             progress(done, total, layer.layer)
         yield layer
-
-
-def _finite(value: float) -> float | None:
-    return value if value < float("inf") else None

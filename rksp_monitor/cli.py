@@ -12,6 +12,7 @@ import io
 import os
 import sys
 import traceback
+from typing import Annotated
 
 import typer
 
@@ -27,6 +28,29 @@ app = typer.Typer(
     epilog="Exit codes: 0 pass, 1 risk at or above --fail-on, 2 usage / configuration / internal error, "
     "3 inconclusive.",
 )
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            help="Show the version and exit.",
+            callback=lambda wanted: _show_version(wanted=wanted),
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def _show_version(*, wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"rksp {version('rksp')}")  # noqa: T201
+        raise typer.Exit
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -110,7 +110,12 @@ class Daemon:
         self._export_control()
         settings = self.settings
         scans = watch(
-            self._scanner, stop=self._stop, wake=self._wake, interval=settings.poll_interval, hints=settings.hints
+            self._scanner,
+            stop=self._stop,
+            wake=self._wake,
+            interval=settings.poll_interval,
+            hints=settings.hints,
+            tick=self._tick,
         )
         for sightings in scans:
             self._tick()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from rksp_monitor.checkpoints.names import is_candidate, step_in
 FOLDERS = (".", "checkpoints", PROFILES)
 
 SETTLE_SECONDS = 0.5  # between the two looks that must agree before a weights file counts as written
+TICK_SECONDS = 5.0  # between two signs of life while nothing happens
 SHORTEST_WAIT = 0.1  # a burst of file events costs one scan
 
 
@@ -94,7 +96,13 @@ class Scanner:
 
 
 def watch(
-    scanner: Scanner, *, stop: threading.Event, wake: threading.Event, interval: float, hints: bool = True
+    scanner: Scanner,
+    *,
+    stop: threading.Event,
+    wake: threading.Event,
+    interval: float,
+    hints: bool = True,
+    tick: Callable[[], None] = lambda: None,
 ) -> Iterator[list[Sighting]]:
     """Yield one scan after another until ``stop`` is set.
 
@@ -108,6 +116,8 @@ def watch(
         Seconds between two scans when nothing wakes them; less while a file settles.
     hints
         Whether to ask the operating system for file events.
+    tick
+        Called every few seconds of the wait: a sign of life for the supervisor, however long the interval is.
     """
     folder = scanner.folder
     with contextlib.ExitStack() as stack:
@@ -122,9 +132,18 @@ def watch(
             if stop.is_set():
                 return
             settling = any(sighting.settling for sighting in sightings)
-            if not wake.wait(min(interval, SETTLE_SECONDS) if settling else interval):
-                continue
-            stop.wait(SHORTEST_WAIT)
+            if _wait(wake, min(interval, SETTLE_SECONDS) if settling else interval, tick):
+                stop.wait(SHORTEST_WAIT)
+
+
+def _wait(wake: threading.Event, seconds: float, tick: Callable[[], None]) -> bool:
+    """Return whether ``wake`` was set within so many seconds."""
+    end = time.monotonic() + seconds
+    while not wake.wait(min(TICK_SECONDS, max(0.0, end - time.monotonic()))):
+        if time.monotonic() >= end:
+            return False
+        tick()
+    return True
 
 
 def _candidates(folder: Path) -> Iterator[Path]:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from rksp_core.errors import MemoryLimitError, NotFiniteError
+from rksp_core.errors import NotFiniteError
 from rksp_core.profile import LayerProfile, ModelProfile
 from rksp_core.risk import RATE_FACTOR, Decision, decide, standard_learning_rate
 from rksp_monitor.baselines import Loss, Progress, baseline_scores, largest_loss, take_look_ahead
 from rksp_monitor.layer_threads import layer_threads
+from rksp_monitor.memory import memory_limit
 from rksp_monitor.probe import Probe, check_probe, model_input
 
 if TYPE_CHECKING:
@@ -30,11 +31,6 @@ SCHEMA = "rksp.preflight/1"
 NO_PROBABILITY = (
     "no calibrated risk model covers this model: what the baselines say is a score, not a probability; "
     "larger means riskier, and only within one kind of model"
-)
-
-LOWER = (
-    "lower --micro-batch (sequences in one forward pass), then --samples, use --dtype bfloat16, leave out --lr (the "
-    "look-ahead holds a copy of the model and its optimizer), or set OMP_NUM_THREADS=1 (one layer at a time)"
 )
 
 
@@ -164,19 +160,6 @@ def has_normalization(blocks: Iterable[nn.Module]) -> bool:
     norm = re.compile(r"(layer|rms|group|batch|instance|scale|local_?response)_?norm", re.IGNORECASE)
     leaves = (part for block in blocks for part in block.modules() if not list(part.children()))
     return any(norm.search(type(leaf).__name__) for leaf in leaves)
-
-
-@contextlib.contextmanager
-def memory_limit(device: torch.device | str, lower: str = LOWER) -> Iterator[None]:
-    """Turn running out of memory, here or on a GPU, into one sentence that says what to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        exhausted = isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
-        if not exhausted:
-            raise
-        raise MemoryLimitError(f"out of memory on {device}; {lower}") from error
 
 
 def _require_finite(layers: Iterable[LayerProfile]) -> None:

@@ -21,7 +21,7 @@ _STEP = re.compile(
 )
 _LAST_NUMBER = re.compile(r"(?:^|[-_=])(\d+)$")
 _NO_TEXT = re.compile("[\ud800-\udfff]")  # what Python makes of the bytes of a name that is no UTF-8
-_LARGEST_STEP = 2**63 - 1  # of the ledger's column
+_LARGEST_STEP = 10**12  # a timestamp in a name (20261122030900) is no step: after it, every step would be late
 
 
 def is_candidate(name: str) -> bool:

@@ -75,8 +75,9 @@ def preflight(
         require_writable(output_file)
     with progress_bar() as progress:
         from rksp_core.device import choose_device, parse_dtype
+        from rksp_monitor.memory import memory_limit
         from rksp_monitor.models import load_model
-        from rksp_monitor.preflight import Settings, memory_limit
+        from rksp_monitor.preflight import Settings
         from rksp_monitor.preflight import preflight as look
         from rksp_monitor.report import render
 

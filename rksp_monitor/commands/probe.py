@@ -30,8 +30,8 @@ def make(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of random tokens.")] = 0,
 ) -> int:
     """Make a probe from a text, from a raw batch, or from random tokens."""
+    from rksp_monitor.memory import memory_limit
     from rksp_monitor.output_file import require_writable
-    from rksp_monitor.preflight import memory_limit
     from rksp_monitor.probe import random_probe, read_probe, write_probe
     from rksp_monitor.tokens import text_probe
 

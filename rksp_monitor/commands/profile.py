@@ -127,7 +127,7 @@ class _Source:
         if path.suffix in (".json", ".npz"):
             return ModelProfile.load(path)
         from rksp_core.device import choose_device
-        from rksp_monitor.preflight import memory_limit
+        from rksp_monitor.memory import memory_limit
 
         lower = "lower --samples, or make a --probe of fewer or shorter sequences; the model itself must fit"
         with memory_limit(choose_device(self._options["device"]), lower):

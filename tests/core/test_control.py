@@ -228,3 +228,13 @@ def test_a_control_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path):
 def test_settings_out_of_range_are_refused(settings: dict):
     with pytest.raises(ControlError, match=f"kss.{next(iter(settings))} must be"):
         KSSSettings(**settings)
+
+
+@pytest.mark.parametrize(("mode", "folder_mode"), [(0o600, 0o700), (0o640, 0o770)])
+def test_a_group_that_may_read_orders_may_answer_them(tmp_path: Path, mode: int, folder_mode: int) -> None:
+    before = os.umask(0o007)
+    try:
+        ControlWriter(tmp_path / "control", mode=mode).issue("run", KSSSettings(), Reason())
+    finally:
+        os.umask(before)
+    assert (tmp_path / "control").stat().st_mode & 0o777 == folder_mode

@@ -165,3 +165,12 @@ def test_the_state_survives_json():
 def test_an_impossible_policy_is_refused_in_one_sentence(make, message: str):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_a_loss_that_is_not_finite_is_critical_and_quotes_no_baseline():
+    lost = dataclasses.replace(profile(step=100), not_finite=("loss",))
+    _, drift = measure(None, lost, 100)
+    _, decision = decide(PolicyState(), Evidence(drift, 1.0), Policy())
+    assert decision.level == 3
+    assert decision.reason.metric == "not_finite_figures"
+    assert decision.reason.baseline is None, "an absolute rule has a threshold and nothing it compares with"

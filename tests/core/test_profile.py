@@ -126,6 +126,21 @@ def test_a_number_that_json_does_not_have_is_refused(profile: ModelProfile, tmp_
         ModelProfile.load(path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("near_unit_mass", "a"), ("rank", None), ("kreiss_constant", [1.0]), ("width", True)]
+)
+def test_a_figure_that_is_no_number_is_one_clear_sentence(profile: ModelProfile, field: str, value: object) -> None:
+    document = profile.to_dict()
+    document["layers"][0][field] = value
+    with pytest.raises(ProfileError, match=f"{field} must be a number"):
+        ModelProfile.from_dict(document)
+
+
+def test_a_profile_without_layers_is_refused(profile: ModelProfile) -> None:
+    with pytest.raises(ProfileError, match="no layers"):
+        ModelProfile.from_dict(profile.to_dict() | {"layers": []})
+
+
 def test_a_missing_file_is_one_clear_sentence(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match=r"absent\.npz cannot be read"):
         ModelProfile.load(tmp_path / "absent.npz")
@@ -186,6 +201,7 @@ def test_profile_writer_stamps_and_numbers_its_files(profile: ModelProfile, tmp_
     stored = ModelProfile.load(path)
     assert (stored.step, stored.loss, stored.gradient_norm) == (10, 2.0, None)
     assert stored.layers[0].eigenvalues is None
+    assert stored.not_finite == ("gradient_norm",), "not finite is another thing than not known"
     assert not ProfileWriter(tmp_path / "other", every=0).due(0)
     assert not (tmp_path / "other").exists()
 

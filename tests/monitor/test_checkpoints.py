@@ -41,6 +41,7 @@ from tests.monitor import tiny_model
         ("gpt2.safetensors", None),
         ("model.safetensors", None),
         ("latest", None),
+        ("checkpoint-20261122030900.pt", None),  # a time: after such a step every other one would be late
     ],
 )
 def test_the_step_in_a_name(name: str, step: int | None):

@@ -204,3 +204,17 @@ def test_a_path_that_may_not_be_read_is_not_finished_until_it_may(tmp_path: Path
     assert closed.problem == f"{folder.name} cannot be read: Permission denied"
     scanner.scan()
     assert steps(scanner.scan(), complete=True) == [5]
+
+
+def test_a_long_wait_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rksp_monitor.discovery.TICK_SECONDS", 0.01)
+    stop, wake, ticks = threading.Event(), threading.Event(), []
+
+    def tick() -> None:
+        ticks.append(1)
+        if len(ticks) == 3:
+            stop.set()
+            wake.set()
+
+    assert len(list(watch(Scanner(tmp_path), stop=stop, wake=wake, interval=3600, tick=tick))) == 1
+    assert len(ticks) == 3
