@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 from pathlib import Path
+from typing import SupportsFloat
 
 from rksp_core.profile import ModelProfile, finite_or_none
 
@@ -42,20 +43,22 @@ class ProfileWriter:
         profile: ModelProfile,
         step: int,
         *,
-        loss: float | None = None,
-        gradient_norm: float | None = None,
+        loss: SupportsFloat | None = None,
+        gradient_norm: SupportsFloat | None = None,
     ) -> Path:
         """Write one profile with the trainer's own figures beside it, and return its path.
 
         ``loss`` and ``gradient_norm`` (before clipping) may be None, not known, or not finite: then they are stored as
         None, too, and named in ``not_finite``.
         """
-        figures = {"loss": loss, "gradient_norm": gradient_norm}
+        # A training loop holds them as tensors.
+        given = {"loss": loss, "gradient_norm": gradient_norm}
+        figures = {name: None if value is None else float(value) for name, value in given.items()}
         stamped = dataclasses.replace(
             profile,
             step=step,
-            loss=finite_or_none(loss),
-            gradient_norm=finite_or_none(gradient_norm),
+            loss=finite_or_none(figures["loss"]),
+            gradient_norm=finite_or_none(figures["gradient_norm"]),
             not_finite=tuple(name for name, value in figures.items() if value is not None and not math.isfinite(value)),
         )
         path = self.folder / f"step-{step:08d}.json"

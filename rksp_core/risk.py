@@ -144,7 +144,7 @@ def _by_mass(layers: Sequence[LayerProfile]) -> tuple[Verdict, str]:
     noise = f" (within the probe's noise of {close[0]:g}: another probe may decide otherwise)" if close else ""
     text = f"mean near-unit mass {mass:.2f}"
     if mass < LOW_MASS:
-        return "proceed", f"{text} is below {LOW_MASS:g}: low risk by the rule, monitoring is optional{noise}"
+        return "proceed", f"{text} is below {LOW_MASS:g}, the low range of the rule: monitoring is optional{noise}"
     if mass > HIGH_MASS:
         return "use_kss", f"{text} is above {HIGH_MASS:g}: high risk by the rule{noise}"
     return "monitor", f"{text} lies between {LOW_MASS:g} and {HIGH_MASS:g}: neither clearly low nor high risk{noise}"

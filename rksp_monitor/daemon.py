@@ -20,6 +20,7 @@ from structlog.typing import FilteringBoundLogger
 from rksp_core.control import ControlWriter
 from rksp_core.drift import DriftState, measure, rewind
 from rksp_core.errors import CheckpointError, ControlError, ExpiredCheckpoint, ProfileError, RkspError
+from rksp_core.orders import Acknowledgement
 from rksp_core.policy import LEVELS, Decision, Evidence, PolicyState, decide
 from rksp_core.profile import ModelProfile
 from rksp_monitor.checkpoints import FORMATS, Kind
@@ -67,6 +68,8 @@ class Daemon:
         Where orders go; they are only written when ``settings.enforce`` is set.
     stop, wake
         Set both to end `run`.
+    subject
+        Names what checkpoints are replayed with: those that failed are tried again when it changes.
     tick
         Called from the work loop, at each scan and every moment of a replay: the supervisor's watchdog.
     reload
@@ -88,6 +91,7 @@ class Daemon:
         wake: threading.Event,
         tick: Callable[[], None] = lambda: None,
         reload: Callable[[], WatchSettings | None] = lambda: None,
+        subject: str = "",
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.settings = settings
@@ -96,10 +100,12 @@ class Daemon:
         self._replayer, self._orders = replayer, Orders(run, ledger, control)
         self._scanner = Scanner(folder)
         self._stop, self._wake, self._tick, self._reload, self._clock = stop, wake, tick, reload, clock
+        self._subject = subject
+        self._answer: Acknowledgement | None = None
         self._judged = 0
         self._state = self._policy_state()
         self._worst = self._state.level
-        self._furthest = -1
+        self._furthest = -1 if self._state.step is None else self._state.step
         self._last_scan = time.monotonic()
 
     def run(self, *, once: bool = False, until_step: int | None = None) -> Outcome:
@@ -107,6 +113,9 @@ class Daemon:
         recovered = self._ledger.recover()
         if recovered:
             self._log.info("recovered", events=recovered)
+        reopened = self._ledger.reopen_checkpoints(self._subject)
+        if reopened:
+            self._log.info("reopened", events=reopened, reason="the model, the probe or their settings are others now")
         self._export_control()
         settings = self.settings
         scans = watch(
@@ -321,9 +330,20 @@ class Daemon:
         except ControlError as error:
             self._log.error("order not written", problem=str(error))
 
+    def _log_answer(self) -> None:
+        """Log what a trainer says to an order, once; also one of another name, whom our orders do not reach."""
+        answer = self._orders.answer()
+        if answer is None or answer == self._answer:
+            return
+        self._answer = answer
+        log = self._log.info if answer.status == "applied" else self._log.warning
+        about = {"trainer": answer.run_id, "generation": answer.generation, "step": answer.step}
+        log("answer", **about, status=answer.status, message=answer.message, alpha=answer.active_kss.alpha)
+
     def _export_control(self) -> None:
         """Export the orders, the acknowledgement, and the level."""
         order, applied = self._orders.last, self._orders.acknowledgement()
+        self._log_answer()
         expires_in = self.settings.policy.expires_in
         ordered_at = self._state.ordered_at
         expired = expires_in is not None and ordered_at is not None and self._clock() > ordered_at + expires_in

@@ -166,6 +166,21 @@ class Ledger:
                 "UPDATE events SET status = 'ready' WHERE run = ? AND status = 'processing'", (self._run,)
             ).rowcount
 
+    def reopen_checkpoints(self, subject: str) -> int:
+        """Make checkpoints that failed or were skipped with another subject ready again; return how many.
+
+        ``subject`` names the model, probe and settings that they are replayed with now; it is remembered.
+        """
+        if (self.load("subject") or {}).get("is") == subject:
+            return 0
+        with self._transaction():
+            self._store("subject", {"is": subject})
+            return self._database.execute(
+                "UPDATE events SET status = 'ready', attempts = 0, not_before = 0"
+                " WHERE run = ? AND kind = 'checkpoint' AND status IN ('failed', 'skipped')",
+                (self._run,),
+            ).rowcount
+
     def retry(self, event: Event, error: str, delay: float) -> None:
         """Make a failed attempt ready again after ``delay`` seconds."""
         self._move(event, "ready", error=error, not_before=self._clock() + delay)

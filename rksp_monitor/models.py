@@ -109,10 +109,13 @@ def call_factory(reference: str, arguments: Mapping[str, Any], folders: Iterable
     from torch import nn
 
     factory = import_object(reference, folders)
-    with seeded(seed), user_code(f"the factory {reference}"):
+    # What a factory prints is not the result, which alone belongs on stdout.
+    with seeded(seed), user_code(f"the factory {reference}"), contextlib.redirect_stdout(sys.stderr):
         module = factory(**arguments)
     if not isinstance(module, nn.Module):
         raise ModelError(f"the factory {reference} returned a {type(module).__name__}, expected a torch.nn.Module")
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise ModelError(f"the factory {reference} returned a model on the meta device; build it with real weights")
     return module.eval()
 
 

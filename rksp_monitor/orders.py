@@ -60,7 +60,11 @@ class Orders:
             )
         return dataclasses.replace(state, ordered=last.kss, ordered_level=last.reason.risk_level)
 
+    def answer(self) -> Acknowledgement | None:
+        """Return the last acknowledgement in the control folder, whoever wrote it."""
+        return self._control.applied()
+
     def acknowledgement(self) -> Acknowledgement | None:
         """Return this run's trainer's last acknowledgement, if any."""
-        applied = self._control.applied()
+        applied = self.answer()
         return applied if applied is not None and applied.run_id == self._run else None

@@ -138,6 +138,7 @@ class Session:
             wake=self._wake,
             tick=self._tick,
             reload=lambda: self._reload(run),
+            subject="none" if run.model is None else self._subject(run, run.model).identity,
         )
         outcome = self._daemon.run(once=once, until_step=until_step)
         ended_by = self._ended_by or outcome.ended_by
@@ -149,13 +150,11 @@ class Session:
         unreached = ended_by == "timeout" and (nothing or until_step is not None)
         return INCONCLUSIVE if unreached or (once and nothing) else PASS
 
-    def _worker(self, run: Run, stack: contextlib.ExitStack) -> ReplayWorker | None:
-        """Return what replays checkpoints; it starts its process when the first one comes."""
-        if run.model is None:
-            return None
+    def _subject(self, run: Run, model: str) -> SubjectSettings:
+
         settings, replay = self.settings, self.settings.replay
-        subject = SubjectSettings(
-            model=run.model,
+        return SubjectSettings(
+            model=model,
             arguments=settings.arguments,
             probe=None if run.probe is None else str(run.probe),
             seed=settings.seed,
@@ -164,6 +163,12 @@ class Session:
             sequences=replay.sequences,
             length=replay.length,
         )
+
+    def _worker(self, run: Run, stack: contextlib.ExitStack) -> ReplayWorker | None:
+        """Return what replays checkpoints; it starts its process when the first one comes."""
+        if run.model is None:
+            return None
+        subject, replay = self._subject(run, run.model), self.settings.replay
         worker = ReplayWorker(
             subject,
             timeout=replay.timeout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,11 @@ class SubjectSettings:
     sequences: int = 32
     length: int = 64
     blocks: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """The settings as one text: checkpoints that failed with others deserve another try."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, default=str)
 
 
 class Subject:

@@ -71,7 +71,10 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
     if not path.exists():
         raise ExpiredCheckpoint(f"there is no checkpoint {path}")
     if name is None or FORMATS[name].KIND != "checkpoint":
-        raise CorruptCheckpoint(f"{path} is no checkpoint; expected .safetensors, .pt or .pth, or a folder step-N")
+        raise CorruptCheckpoint(
+            f"{path} is no checkpoint; expected a .safetensors, .pt or .pth file, or a folder, "
+            "with its step in the name, as in step-100"
+        )
     FORMATS[name].check_complete(path)
     return FORMATS[name].read(path)
 

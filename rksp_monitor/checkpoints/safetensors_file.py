@@ -98,7 +98,7 @@ def header_length(path: Path) -> int:
     if length > LONGEST_HEADER:
         raise CorruptCheckpoint(f"{path.name} states a header of {length} bytes, at most {LONGEST_HEADER} are allowed")
     if 8 + length > size:
-        raise IncompleteCheckpoint(f"{path.name} has {size} bytes, its header ends at {8 + length}")
+        raise IncompleteCheckpoint(f"{path.name} is cut short: {size} bytes, and its header alone ends at {8 + length}")
     return length
 
 

@@ -91,7 +91,10 @@ def _run(folder: Path | None) -> Iterator[tuple[bool | None, str]]:
     steps = [sighting.step for sighting in found]
     span = f", steps {min(steps)} to {max(steps)}" if steps else ""
     yield True, f"run {run.name!r}: {len(found)} checkpoints and profiles{span}"
-    yield (None if run.model is None else True), f"model: {run.model or 'unknown; give --model to judge checkpoints'}"
+    yield (
+        (None if run.model is None else True),
+        f"model: {run.model or 'unknown; `rksp watch` takes --model'}",
+    )
     yield (None if run.probe is None else True), f"probe: {run.probe or 'none; seeded random tokens would serve'}"
     kind, writable = filesystem_of(run.ledger.parent), os.access(folder, os.W_OK)
     yield kind not in REMOTE and writable, f"ledger {run.ledger} on {kind or 'an unknown file system'}"

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from rksp_core.errors import ConfigError
+from rksp_core.errors import ConfigError, NotFiniteError
 from rksp_monitor.commands.output import emit, terminal
 from rksp_monitor.output_file import require_writable
 from rksp_monitor.report import Format
 
 if TYPE_CHECKING:
-    from rksp_core.risk import Decision
+    from rksp_core.risk import Verdict
     from rksp_monitor.baselines import Progress
     from rksp_monitor.models import LoadedModel
     from rksp_monitor.probe import Probe
@@ -97,21 +97,25 @@ def preflight(
             loss=None if loss is None else _loss(loss),
         )
         batch = _probe(probe, loaded, seed)
-        report = look(loaded, batch, settings, device=place, dtype=precision, progress=progress)
+        try:
+            report = look(loaded, batch, settings, device=place, dtype=precision, progress=progress)
+        except NotFiniteError as error:
+            print(f"rksp: {error}", file=sys.stderr)
+            return exit_code("inconclusive", fail_on, on_inconclusive, exit_zero=exit_zero)
     text = render(report, form, **terminal(output_file))
     emit(text, output_file, f"{report.decision.verdict}; the report is in")
-    return exit_code(report.decision, fail_on, on_inconclusive, exit_zero=exit_zero)
+    return exit_code(report.decision.verdict, fail_on, on_inconclusive, exit_zero=exit_zero)
 
 
-def exit_code(decision: Decision, fail_on: FailOn, on_inconclusive: OnInconclusive, *, exit_zero: bool) -> int:
+def exit_code(verdict: Verdict, fail_on: FailOn, on_inconclusive: OnInconclusive, *, exit_zero: bool) -> int:
     """Return 0 pass, 1 risk at or above ``fail_on``, 3 inconclusive."""
     from rksp_core.risk import VERDICTS
 
     if exit_zero:
         return 0
-    if decision.verdict == "inconclusive":
+    if verdict == "inconclusive":
         return {"report": 3, "pass": 0, "fail": 1}[on_inconclusive]
-    return int(VERDICTS.index(decision.verdict) >= VERDICTS.index(fail_on))
+    return int(VERDICTS.index(verdict) >= VERDICTS.index(fail_on))
 
 
 def parse_arguments(pairs: list[str]) -> dict[str, Any]:

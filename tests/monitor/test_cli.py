@@ -96,6 +96,15 @@ def test_not_finite_is_exit_3_and_names_the_layer(capsys: pytest.CaptureFixture[
     assert "blocks.1" in err
 
 
+@pytest.mark.parametrize(("flags", "code"), [(["--exit-zero"], 0), (["--on-inconclusive", "pass"], 0)])
+def test_not_finite_obeys_the_flags_of_an_inconclusive_verdict(flags: list[str], code: int) -> None:
+    assert run(["preflight", f"{FACTORIES}:not_finite", *flags]) == code
+
+
+def test_a_version() -> None:
+    assert run(["--version"]) == 0
+
+
 class TestExitCodes:
     """By the verdict, and by what the caller makes of it."""
 
@@ -116,11 +125,10 @@ class TestExitCodes:
         assert capsys.readouterr().err == ""
 
     def test_a_low_risk_passes_and_a_middle_one_can_fail(self) -> None:
-        from rksp_core.risk import Decision
         from rksp_monitor.commands.preflight import exit_code
 
         codes = {
-            verdict: [exit_code(Decision(verdict, ()), on, "report", exit_zero=False) for on in ("monitor", "use_kss")]
+            verdict: [exit_code(verdict, on, "report", exit_zero=False) for on in ("monitor", "use_kss")]
             for verdict in ("proceed", "monitor", "use_kss", "inconclusive")
         }
         assert codes == {"proceed": [0, 0], "monitor": [1, 0], "use_kss": [1, 1], "inconclusive": [3, 3]}

@@ -17,6 +17,7 @@ import structlog
 from rksp_core import ProfileWriter
 from rksp_core.control import ControlListener, ControlWriter
 from rksp_core.errors import CheckpointError, CorruptCheckpoint, ExpiredCheckpoint, ModelError
+from rksp_core.orders import KSSSettings, Reason
 from rksp_core.profile import ModelProfile
 from rksp_monitor.config import WatchSettings
 from rksp_monitor.daemon import Abandoned, Daemon, Outcome
@@ -57,7 +58,14 @@ class Bench:
         self.logs: list[dict[str, Any]] = []
         self.control = ControlWriter(folder / "control", clock=lambda: self.now)
 
-    def run(self, replayer: FakeReplayer | None = None, *, until_step: int | None = None, **settings: Any) -> Outcome:
+    def run(
+        self,
+        replayer: FakeReplayer | None = None,
+        *,
+        until_step: int | None = None,
+        subject: str = "",
+        **settings: Any,
+    ) -> Outcome:
         stop = threading.Event()
         chosen = WatchSettings(**{"poll_interval": 0.05, "hints": False} | settings)
         self.board = Board({})
@@ -75,6 +83,7 @@ class Bench:
                 stop=stop,
                 wake=threading.Event(),
                 clock=self.clock,
+                subject=subject,
             )
             try:
                 outcome = daemon.run(once=True, until_step=until_step)
@@ -345,3 +354,32 @@ def test_a_profile_is_stored_without_its_eigenvalues(bench: Bench):
     (text,) = database.execute("SELECT profile FROM events").fetchone()
     database.close()
     assert json.loads(text)["schema"] == "rksp.profile/1"
+
+
+def test_checkpoints_that_failed_are_tried_again_when_the_model_is_another(bench: Bench):
+    tiny_model.save_folder(bench.folder, 100)
+    bench.run(None, subject="none")
+    assert bench.statuses()[100] == "skipped"
+    bench.run(FakeReplayer(script={100: CorruptCheckpoint("of another model")}), subject="wrong")
+    assert bench.statuses()[100] == "failed"
+    unchanged = FakeReplayer({})
+    bench.run(unchanged, subject="wrong")
+    assert unchanged.seen == [], "the same model would fail the same way"
+    bench.run(FakeReplayer({}), subject="right")
+    assert bench.statuses()[100] == "done"
+
+
+def test_a_step_that_was_judged_before_ends_a_watch_until_it(bench: Bench):
+    bench.healthy(50)
+    bench.run(until_step=50)
+    assert bench.run(until_step=50).ended_by == "until_step"
+
+
+def test_what_the_trainer_answers_is_logged_once_whoever_it_is(bench: Bench):
+    bench.healthy(10)
+    listener = ControlListener(bench.folder / "control", "another")
+    ControlWriter(bench.folder / "control").issue("run", KSSSettings(alpha=0.1), Reason())
+    assert listener.poll(1) is None
+    bench.run()
+    answers = [log for log in bench.logs if log["event"] == "answer"]
+    assert [(log["trainer"], log["status"], log["log_level"]) for log in answers] == [("another", "ignored", "warning")]
