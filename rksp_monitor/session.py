@@ -151,7 +151,6 @@ class Session:
         return INCONCLUSIVE if unreached or (once and nothing) else PASS
 
     def _subject(self, run: Run, model: str) -> SubjectSettings:
-
         settings, replay = self.settings, self.settings.replay
         return SubjectSettings(
             model=model,
