@@ -142,7 +142,7 @@ class Session:
         )
         outcome = self._daemon.run(once=once, until_step=until_step)
         ended_by = self._ended_by or outcome.ended_by
-        self._log.info("stopped", by=ended_by, judged=outcome.judged, risk=LEVELS[outcome.level])
+        self._log.info("stopped", by=ended_by, judged=outcome.judged, worst_risk=LEVELS[outcome.level])
         fail_on = self.settings.fail_on
         if fail_on != "never" and outcome.level >= LEVELS.index(fail_on):
             return RISK
@@ -193,14 +193,18 @@ class Session:
             write_output(self._port_file, address + "\n")
 
     def _await_run(self) -> bool:
-        """Wait until the trainer made its folder: the run's name and model are read from it."""
+        """Wait until the trainer filled its folder: the run's name and model are read from it.
+
+        A folder without its configuration is one that the trainer has just made.
+        """
         if not self.folder.is_dir():
             self._log.info("waiting for the run folder", folder=str(self.folder))
         scanner = Scanner(self.folder)
         while not self._stop.is_set():
             self._tick()
             self._wake.clear()
-            known = self.settings.run_id is not None or (self.folder / CONFIG).is_file() or scanner.scan()
+            told = self.settings.run_id is not None and self.settings.model is not None
+            known = told or (self.folder / CONFIG).is_file() or scanner.scan()
             if known and self.folder.is_dir():
                 return True
             self._wake.wait(min(1.0, self.settings.poll_interval))

@@ -131,6 +131,6 @@ def probe_line(report: PreflightReport) -> str:
     """Return one line on the probe: origin, size and hash."""
     probe, layer = report.profile.probe, report.profile.layers[0]
     return (
-        f"{probe['origin']}: {layer.samples} token states ({layer.distinct_samples} distinct), "
+        f"{probe['origin']}: {layer.samples} token states ({layer.distinct_samples} distinct in the first block), "
         f"sha256 {probe['sha256'][:12]}"
     )

@@ -293,3 +293,20 @@ def test_a_service_manager_is_told(run: Path, start):
         while channel.recv(200) != b"STOPPING=1":
             pass
         assert watcher.process.wait(60) == 0
+
+
+def test_a_folder_that_the_trainer_has_just_made_is_not_yet_a_run_without_a_model(
+    run: Path, start: Callable[..., Watcher]
+):
+    watcher = start("--run-id", "named")
+    time.sleep(1.5)  # several looks at the empty folder
+    (run / "config.yaml").write_text("model: {factory: 'tests.monitor.tiny_model:build_scripted'}")
+    tiny_model.save_folder(run, 5)
+    until(lambda: rows_of(run, "named").get(5) == "done")
+    assert watcher.end() == 0
+
+
+def rows_of(run: Path, name: str) -> dict[int, str]:
+    address = f"file:{run / '.rksp' / f'{name}.sqlite3'}?mode=ro"
+    with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
+        return dict(database.execute("SELECT step, status FROM events"))
