@@ -330,10 +330,9 @@ class Daemon:
         except ControlError as error:
             self._log.error("order not written", problem=str(error))
 
-    def _log_answer(self) -> None:
+    def _log_answer(self, answer: Acknowledgement) -> None:
         """Log what a trainer says to an order, once; also one of another name, whom our orders do not reach."""
-        answer = self._orders.answer()
-        if answer is None or answer == self._answer:
+        if answer == self._answer:
             return
         self._answer = answer
         log = self._log.info if answer.status == "applied" else self._log.warning
@@ -342,8 +341,7 @@ class Daemon:
 
     def _export_control(self) -> None:
         """Export the orders, the acknowledgement, and the level."""
-        order, applied = self._orders.last, self._orders.acknowledgement()
-        self._log_answer()
+        order, answer = self._orders.last, self._orders.answer()
         expires_in = self.settings.policy.expires_in
         ordered_at = self._state.ordered_at
         expired = expires_in is not None and ordered_at is not None and self._clock() > ordered_at + expires_in
@@ -353,8 +351,10 @@ class Daemon:
             "rksp_control_desired_generation": order.generation if order else 0,
             "rksp_control_applied_generation": 0,
         }
-        if applied is not None:
-            values["rksp_kss_applied_weight"] = applied.active_kss.alpha
-            values["rksp_control_applied_generation"] = applied.active_generation
+        if answer is not None:
+            self._log_answer(answer)
+            if answer.run_id == self._run:
+                values["rksp_kss_applied_weight"] = answer.active_kss.alpha
+                values["rksp_control_applied_generation"] = answer.active_generation
         for name, value in values.items():
             self._board.set(self._run, name, value)

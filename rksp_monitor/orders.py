@@ -63,8 +63,3 @@ class Orders:
     def answer(self) -> Acknowledgement | None:
         """Return the last acknowledgement in the control folder, whoever wrote it."""
         return self._control.applied()
-
-    def acknowledgement(self) -> Acknowledgement | None:
-        """Return this run's trainer's last acknowledgement, if any."""
-        applied = self.answer()
-        return applied if applied is not None and applied.run_id == self._run else None
