@@ -13,6 +13,8 @@ from torch import nn
 from rksp_core.errors import ConfigError
 from training import config as schema
 from training.names import nearest, unknown_key
+from training.schema.optimizer import Optimizer
+from training.schema.task import Task as TaskSection
 from training.tasks import Task
 from training.tasks.associative_recall import AssociativeRecall
 
@@ -41,12 +43,12 @@ def build_model(model: schema.Model, seed: int) -> nn.Module:
     return module
 
 
-def build_task(task: schema.Task, seed: int) -> Task:
+def build_task(task: TaskSection, seed: int) -> Task:
     """Return the task; its batches depend on ``seed`` and the step only."""
     return AssociativeRecall(task.vocabulary, task.length, task.pairs, seed)
 
 
-def build_optimizer(optimizer: schema.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(optimizer: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     """Return AdamW over all parameters; those with fewer than two dimensions do not decay."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [

@@ -5,27 +5,22 @@ Every section forbids unknown keys; a mistake becomes one sentence that names th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rksp_core.errors import ConfigError
-from training.names import unknown_key
+from training.names import choose, unknown_key
+from training.schema.optimizer import AdamW, Optimizer
+from training.schema.section import Count, NotNegative, Section, Whole
+from training.schema.stabilizers import Stabilizers
+from training.schema.task import AssociativeRecall, Task
 
-Count = Annotated[int, Field(ge=1, strict=True)]
-Whole = Annotated[int, Field(ge=0, strict=True)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are refused, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+# The section that a mapping without a ``name`` is.
+DEFAULT_NAMES = {"task": AssociativeRecall, "optimizer": AdamW}
 
 
 class Model(Section):
@@ -33,26 +28,6 @@ class Model(Section):
 
     factory: str = Field(pattern=r"^[\w.]+:[\w.]+$")
     arguments: dict[str, Any] = Field(default_factory=dict)
-
-
-class Task(Section):
-    """Associative recall; ``batch`` is the size over all processes, vocabulary and length default to the model's."""
-
-    name: Literal["associative_recall"] = "associative_recall"
-    batch: Count = 32
-    pairs: Count = 4
-    vocabulary: Count
-    length: Count
-
-
-class Optimizer(Section):
-    """AdamW (Loshchilov and Hutter 2019); weight decay falls on matrices only."""
-
-    name: Literal["adamw"] = "adamw"
-    learning_rate: Positive = 1e-3
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    epsilon: Positive = 1e-8
-    weight_decay: NotNegative = 0.01
 
 
 class Schedule(Section):
@@ -105,11 +80,11 @@ class Config(Section):
     device: str = "auto"
     threads: Count = 1
     print_every: Count = 10
-    clip: Positive | None = None
     model: Model
     task: Task
-    optimizer: Optimizer = Optimizer()
+    optimizer: Optimizer = AdamW()
     schedule: Schedule = Schedule()
+    stabilizers: Stabilizers = Stabilizers()
     kss: KSS = KSS()
     checkpoint: Checkpoint = Checkpoint()
     profile: Profile = Profile()
@@ -117,21 +92,27 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _task_fits_the_model(cls, values: Any) -> Any:
-        """Vocabulary and length are written once: the task takes them from the model's arguments."""
-        if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+    def _said_once(cls, values: Any) -> Any:
+        """Give task and optimizer their default names, and the task what the model's arguments say already."""
+        if not isinstance(values, dict):
             return values
-        arguments, task = values["model"].get("arguments"), values.get("task", {})
-        if not isinstance(arguments, dict) or not isinstance(task, dict):
-            return values
-        shared = {name: arguments[name] for name in ("vocabulary", "length") if name in arguments}
-        return {**values, "task": {**shared, **task}}
+        values = dict(values)
+        for section, default in DEFAULT_NAMES.items():
+            given = values.get(section, {})
+            if isinstance(given, dict) and "name" not in given:
+                values[section] = {"name": default.model_fields["name"].default, **given}
+        model, task = values.get("model"), values.get("task")
+        arguments = model.get("arguments") if isinstance(model, dict) else None
+        if isinstance(arguments, dict) and isinstance(task, dict):
+            shared = getattr(_section_named(Task, task.get("name")), "shared", ())
+            values["task"] = {name: arguments[name] for name in shared if name in arguments} | task
+        return values
 
     @model_validator(mode="after")
     def _model_can_take_the_task(self) -> Config:
-        for name, wanted in (("vocabulary", self.task.vocabulary), ("length", self.task.length)):
-            limit = self.model.arguments.get(name)
-            if isinstance(limit, int) and wanted > limit:
+        for name in self.task.shared:
+            limit, wanted = self.model.arguments.get(name), getattr(self.task, name)
+            if isinstance(limit, int) and isinstance(wanted, int) and wanted > limit:
                 raise ValueError(f"task.{name} = {wanted} is more than the model's {limit}")
         return self
 
@@ -203,12 +184,19 @@ def _sentence(error: ValidationError) -> str:
     """Put one of pydantic's findings into a sentence; an unknown key is often the cause of a missing one."""
     findings = error.errors(include_url=False)
     first = min(findings, key=lambda finding: finding["type"] != "extra_forbidden")
-    where = ".".join(str(part) for part in first["loc"])
+    place = _place(first["loc"])
+    where = ".".join(place)
     if first["type"] == "extra_forbidden":
-        *section, key = first["loc"]
-        return unknown_key(".".join(map(str, section)), key, _known_keys(section))
+        *section, key = place
+        return unknown_key(".".join(section), key, _known_keys(first["loc"][:-1]))
+    if first["type"] == "union_tag_invalid":
+        known = [tag.strip(" '") for tag in first["ctx"]["expected_tags"].split(",")]
+        try:
+            choose(first["ctx"]["tag"], known, f"{where}.name")
+        except ConfigError as unknown:
+            return str(unknown)
     if first["type"] == "missing":
-        hint = "; give it, or name it among model.arguments" if where in ("task.vocabulary", "task.length") else ""
+        hint = "; give it, or name it among model.arguments" if place[-1] in _shared(first["loc"]) else ""
         return f"the key {where!r} is missing{hint}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
@@ -216,8 +204,51 @@ def _sentence(error: ValidationError) -> str:
     return f"{where} cannot be {first['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _known_keys(location: Iterable[int | str]) -> list[str]:
-    section: Any = Config
-    for name in location:
-        section = section.model_fields[str(name)].annotation
-    return list(section.model_fields)
+def _place(location: Sequence[int | str]) -> list[str]:
+    """Return the keys of a finding as the user wrote them: without the names that pydantic puts in for a union."""
+    parts = [str(part) for part in location]
+    tagged = len(parts) > 1 and parts[0] in DEFAULT_NAMES and _section_named(_annotation(parts[:1]), parts[1])
+    return [parts[0], *parts[2:]] if tagged else parts
+
+
+def _shared(location: Sequence[int | str]) -> tuple[str, ...]:
+    section = _section(location[:-1])
+    return getattr(section, "shared", ())
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    section = _section(location)
+    return [] if section is None else list(section.model_fields)
+
+
+def _section(location: Sequence[int | str]) -> type[BaseModel] | None:
+    """Return the section at a place in a finding, where a name chooses among the classes of a union."""
+    section: type[BaseModel] | None = Config
+    choices: list[type[BaseModel]] = [Config]
+    for part in map(str, location):
+        named = [each for each in choices if _name(each) == part] if len(choices) > 1 else []
+        if not named and section is not None and part in section.model_fields:
+            named = _sections(section.model_fields[part].annotation)
+        choices = named
+        section = choices[0] if len(choices) == 1 else None
+    return section
+
+
+def _annotation(location: Sequence[str]) -> Any:
+    return Config.model_fields[location[0]].annotation
+
+
+def _section_named(annotation: Any, name: object) -> type[BaseModel] | None:
+    return next((section for section in _sections(annotation) if _name(section) == name), None)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """Return the sections that an annotation such as ``A``, ``A | None`` or ``Annotated[A | B, ...]`` allows."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def _name(section: type[BaseModel]) -> object:
+    field = section.model_fields.get("name")
+    return None if field is None else field.default

@@ -87,7 +87,7 @@ def advance(run: Run) -> Record:
     seed_step(config.seed, step, run.ranks)
     batch = run.batch(TRAINING, step, config.task.batch)
     with run.regularizer:
-        loss = run.task.loss(run.parallel(batch.input_ids), batch.targets)
+        loss = run.task.loss(run.parallel(batch.inputs), batch.targets)
     term = run.regularizer.term()
     run.optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss + term)
@@ -104,8 +104,8 @@ def advance(run: Run) -> Record:
     )
     run.labels = judge(run.labels, step, record.loss, record.gradient_norm)
     if not run.diverged:
-        if config.clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
+        if config.stabilizers.clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, config.stabilizers.clip, norm)
         for group in run.optimizer.param_groups:
             group["lr"] = record.learning_rate
         run.optimizer.step()
@@ -125,7 +125,7 @@ def conclude(run: Run, *, seconds: float) -> dict[str, Any]:
     """Evaluate the run on held-out sequences and say how it ended."""
     held_out = run.task.batch(EVALUATION, 0, EVALUATED_SEQUENCES)
     with evaluating(run.model):
-        logits = run.model(held_out.input_ids.to(run.ranks.device)).cpu()
+        logits = run.model(held_out.inputs.to(run.ranks.device)).cpu()
     loss = float(run.task.loss(logits, held_out.targets))
     return {
         "schema": "rksp.result/1",
@@ -144,8 +144,8 @@ def conclude(run: Run, *, seconds: float) -> dict[str, Any]:
 
 def _observers(run: Run, say: Say) -> list[Observer]:
     """Return what rank 0 writes after each step; the checkpoint comes last: what it stands for is on disk by then."""
-    probe = run.task.batch(PROBE, 0, run.config.profile.sequences).input_ids
-    write_probe(Path(run.config.output), probe)
+    probe = run.task.batch(PROBE, 0, run.config.profile.sequences).inputs
+    write_probe(Path(run.config.output), {run.task.inputs_name: probe})
     return [MetricsLog(run, say), Profiles(run, probe.to(run.ranks.device), say), Checkpoints(run)]
 
 

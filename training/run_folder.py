@@ -53,9 +53,9 @@ def newest_checkpoint(config: Config) -> Path | None:
     return next(reversed(checkpoints(Path(config.output) / "checkpoints")), None)
 
 
-def write_probe(folder: Path, input_ids: Tensor) -> None:
-    """Write the probe batch (sequences, length) as a plain safetensors file, which `rksp` reads."""
-    write_atomic(folder / "probe.safetensors", save({"input_ids": input_ids}))
+def write_probe(folder: Path, batch: dict[str, Tensor]) -> None:
+    """Write the probe batch, its tensors named as the model's forward calls them, as a file that `rksp` reads."""
+    write_atomic(folder / "probe.safetensors", save(batch))
 
 
 def _refuse_another(config: Config, stored: Path) -> None:

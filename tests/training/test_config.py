@@ -93,9 +93,13 @@ def test_a_control_folder_that_cannot_be_made(tmp_path, capsys):
 def test_changes_and_defaults(tmp_path):
     path = tmp_path / "my_run.yaml"
     path.write_text(yaml.safe_dump({key: GOOD[key] for key in ("model", "task")}))
-    config = read_config(path, ["optimizer.betas=[0.9, 0.95]", "clip=1.0", "control.folder=/somewhere"])
+    config = read_config(path, ["optimizer.betas=[0.9, 0.95]", "stabilizers.clip=1.0", "control.folder=/somewhere"])
     assert (config.run_id, config.output) == ("my_run", "runs/my_run")
-    assert (config.optimizer.betas, config.clip, config.control_folder) == ((0.9, 0.95), 1.0, Path("/somewhere"))
+    assert (config.optimizer.betas, config.stabilizers.clip, config.control_folder) == (
+        (0.9, 0.95),
+        1.0,
+        Path("/somewhere"),
+    )
     assert (config.task.vocabulary, config.task.length) == (256, 64)
 
 

@@ -44,7 +44,12 @@ def assert_bitwise_equal(left, right) -> None:
 @pytest.mark.parametrize("norm", ["pre_ln", "no_norm"])
 @pytest.mark.parametrize("kss", [{}, KSS], ids=["plain", "kss"])
 def test_twenty_steps_are_ten_steps_and_ten_more(configure, norm, kss):
-    sections = {"arguments": {"norm": norm}, "kss": kss, "clip": 1.0, "profile": {"every": 5, "samples": 64}}
+    sections = {
+        "arguments": {"norm": norm},
+        "kss": kss,
+        "stabilizers": {"clip": 1.0},
+        "profile": {"every": 5, "samples": 64},
+    }
     whole, parts = configure("whole", **sections), configure("parts", **sections)
     assert train(whole, ALONE)["status"] == "finished"
     assert train(parts, ALONE, until=10)["status"] == "stopped"

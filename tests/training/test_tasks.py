@@ -14,9 +14,9 @@ from training.tasks.associative_recall import AssociativeRecall
 def test_the_label_is_the_value_that_followed_the_query(vocabulary, pairs, extra, step):
     length = 2 * pairs + 1 + extra
     batch = AssociativeRecall(vocabulary, length, pairs, seed=1).batch(TRAINING, step, 16)
-    assert batch.input_ids.shape == (16, length)
-    assert batch.input_ids.dtype == torch.int64
-    for sequence, label in zip(batch.input_ids.tolist(), batch.targets.tolist(), strict=True):
+    assert batch.inputs.shape == (16, length)
+    assert batch.inputs.dtype == torch.int64
+    for sequence, label in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
         assert all(0 <= token < vocabulary for token in sequence)
         keys, values, query = sequence[0 : 2 * pairs : 2], sequence[1 : 2 * pairs : 2], sequence[-1]
         assert len(set(keys)) == pairs
@@ -26,14 +26,14 @@ def test_the_label_is_the_value_that_followed_the_query(vocabulary, pairs, extra
 
 def test_a_batch_is_a_function_of_seed_stream_and_step():
     task = AssociativeRecall(256, 64, 4, seed=42)
-    first = task.batch(TRAINING, 7, 32).input_ids
-    assert torch.equal(first, AssociativeRecall(256, 64, 4, seed=42).batch(TRAINING, 7, 32).input_ids)
+    first = task.batch(TRAINING, 7, 32).inputs
+    assert torch.equal(first, AssociativeRecall(256, 64, 4, seed=42).batch(TRAINING, 7, 32).inputs)
     for other in (
         task.batch(TRAINING, 8, 32),
         task.batch(EVALUATION, 7, 32),
         AssociativeRecall(256, 64, 4, seed=43).batch(TRAINING, 7, 32),
     ):
-        assert not torch.equal(first, other.input_ids)
+        assert not torch.equal(first, other.inputs)
 
 
 def test_loss_and_accuracy_look_at_the_last_position_only():

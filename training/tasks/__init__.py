@@ -11,21 +11,23 @@ TRAINING, PROBE, EVALUATION = range(3)
 
 
 class Batch(NamedTuple):
-    """``input_ids`` (B, T) int64, and ``targets`` in the shape that the task's loss wants."""
+    """``inputs`` of the model: token ids (B, T) int64 or images (B, C, H, W); ``targets`` as the loss wants them."""
 
-    input_ids: Tensor
+    inputs: Tensor
     targets: Tensor
 
 
 class Task(Protocol):
-    """The three things that the loop asks of a task."""
+    """What the loop asks of a task; ``inputs_name`` is what the model's forward calls its input."""
+
+    inputs_name: str
 
     def batch(self, stream: int, step: int, size: int) -> Batch:
         """Return the batch of this stream and step."""
         ...
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss over the batch, a scalar, from logits (B, T, V)."""
+        """Return the mean loss over the batch, a scalar, from the model's logits."""
         ...
 
     def accuracy(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ class AssociativeRecall:
         When the pairs do not fit.
     """
 
+    inputs_name = "input_ids"
+
     def __init__(self, vocabulary: int, length: int, pairs: int, seed: int) -> None:
         if length < 2 * pairs + 1:
             raise ConfigError(
