@@ -18,12 +18,14 @@ from types import TracebackType
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+import torch.distributed as dist
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
-from rksp_core.capture import Block, find_blocks, stream_of, stream_out
+from rksp_core.batch import token_mask
+from rksp_core.capture import Block, find_blocks, stream_of, stream_out, uncompiled
 from rksp_core.dmd import leading_directions
 from rksp_core.moments import ROUNDING
 from rksp_core.orders import KSSSettings
@@ -89,8 +91,13 @@ def kss_loss(
     _check(rank, variant)
     if not bool(h_in.isfinite().all() and h_out.isfinite().all()):
         raise ValueError("kss_loss needs finite residual states, got NaN or infinity; skip this block")
-    options = (rank, gamma, beta, variant, seed)
-    return _penalty(h_in.double(), h_out.double(), ROUNDING[h_in.dtype], *options)
+    x, y = h_in.double(), h_out.double()
+    x, y = x - x.mean(0), y - y.mean(0)
+    basis = _directions(
+        x.detach().T @ x.detach() / (len(x) - 1), float(h_in.detach().double().square().mean()), h_in.dtype, rank, seed
+    )
+    x, y = x @ basis, y @ basis
+    return _penalty(x.T @ x, x.T @ y, gamma, beta, variant)
 
 
 def _check(rank: int, variant: str) -> None:
@@ -101,20 +108,10 @@ def _check(rank: int, variant: str) -> None:
 
 
 def _penalty(
-    x: Float[Tensor, "tokens d"],
-    y: Float[Tensor, "tokens d"],
-    rounding: float,
-    rank: int,
-    gamma: float,
-    beta: float,
-    variant: Variant,
-    seed: int,
+    gram: Float[Tensor, "r r"], cross: Float[Tensor, "r r"], gamma: float, beta: float, variant: Variant
 ) -> Float[Tensor, ""]:
-    """Return Eq. 14 for finite float64 states that were stored with this relative rounding; see `kss_loss`."""
-    basis = _directions(x.detach(), rounding, rank, seed)
-    x, y = (x - x.mean(0)) @ basis, (y - y.mean(0)) @ basis
-    operator = torch.linalg.solve(x.T @ x, x.T @ y).T
-    moduli = eigenvalue_moduli(operator)
+    """Return Eq. 14 from the centred second moments x^T x and x^T y on the r directions; see `kss_loss`."""
+    moduli = eigenvalue_moduli(torch.linalg.solve(gram, cross).T)
     excess = moduli - UPPER
     soft = torch.sigmoid(TEMPERATURE * (moduli - LOWER)) * torch.sigmoid(-TEMPERATURE * excess)
     if variant == "paper":
@@ -172,12 +169,18 @@ class KSSRegularizer:
     bitwise the same as without. The gradient of each block is computed at once in float64 and checked: a block that
     cannot be differentiated is skipped and counted in ``skipped_layers``, as is one whose forward pass records no
     gradient (under `torch.no_grad`, or in a reentrant checkpoint; checkpoint with ``use_reentrant=False``).
-    Compiled models run as written while a term is due.
+    Compiled models run as written while a term is due. Padding (``attention_mask`` and its like among the keyword
+    arguments of the model) stays out of the sample.
+
+    Where `torch.distributed` runs, a term is that of all processes' tokens together: the sums that make the operator
+    are reduced over ``group``, three small collectives a block. Its gradient is scaled for gradients that are averaged
+    over the processes, as DDP and FSDP do, and equals that of one process on the concatenated batch. So every process
+    of the group must enter the context and run the model at the same steps.
 
     Parameters
     ----------
     model
-        The model whose forward pass runs inside the context.
+        The model whose forward pass runs inside the context; behind a wrapper such as DDP, the model itself.
     alpha, interval, layer_fraction, gamma
         As in `rksp_core.KSSSettings`; `configure` changes them later.
     rank, samples, beta, variant
@@ -186,6 +189,8 @@ class KSSRegularizer:
         Glob or globs, as for `rksp_core.find_blocks`; None finds them.
     seed
         Chooses blocks and tokens, together with the step: a resumed run repeats the same choice.
+    group
+        The processes that share the batch; None: all of them.
     """
 
     def __init__(
@@ -202,15 +207,18 @@ class KSSRegularizer:
         variant: Variant = "paper",
         blocks: str | Sequence[str] | None = None,
         seed: int = 0,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         _check(rank, variant)
         self.settings = KSSSettings(alpha, interval, layer_fraction, gamma)
         self.steps = 0
         self.skipped_layers = 0
-        self._blocks = find_blocks(model, blocks)
+        self._model, self._blocks = uncompiled(model), find_blocks(model, blocks)
+        self._group = group
         self._rank, self._samples, self._beta, self._seed = rank, samples, beta, seed
         self._variant: Variant = variant
         self._undo = ExitStack()
+        self._mask: Bool[Tensor, "sequences length"] | None = None
         self._inputs: dict[str, tuple[Tensor, torch.Size]] = {}
         self._terms: list[Tensor] = []
 
@@ -248,6 +256,8 @@ class KSSRegularizer:
         self._terms = []
         if self.due:
             self._undo.enter_context(as_written())
+            seen = self._model.register_forward_pre_hook(self._see_mask, with_kwargs=True)
+            self._undo.callback(seen.remove)
             for block in self._chosen():
                 before = block.module.register_forward_pre_hook(self._before(block), with_kwargs=True)
                 after = block.module.register_forward_hook(self._after(block))
@@ -259,7 +269,7 @@ class KSSRegularizer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._undo.close()
-        self._inputs = {}
+        self._inputs, self._mask = {}, None
         self.steps += 1
 
     def _chosen(self) -> list[Block]:
@@ -270,6 +280,9 @@ class KSSRegularizer:
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed * 1_000_003 + self.steps)
+
+    def _see_mask(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        self._mask = token_mask(kwargs)
 
     def _before(self, block: Block) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -295,35 +308,81 @@ class KSSRegularizer:
         return hook
 
     def _rows(self, stream: Tensor) -> Tensor:
-        """Return at most N rows of a stream, the same ones for each block of a step."""
+        """Return this process's part of at most N rows over all of them, the same ones for each block of a step."""
         rows = stream.flatten(0, -2)
-        if rows.shape[0] <= self._samples:
+        if self._mask is not None and self._mask.shape == stream.shape[:-1]:
+            rows = rows[self._mask.flatten().to(rows.device)]
+        counts = self._gathered(rows.shape[0], rows.device)
+        total, before = sum(counts), sum(counts[: self._process])
+        if total <= self._samples:
             return rows.clone()
-        return rows[torch.randperm(rows.shape[0], generator=self._generator())[: self._samples].to(rows.device)]
+        chosen = torch.randperm(total, generator=self._generator())[: self._samples] - before
+        return rows[chosen[(chosen >= 0) & (chosen < rows.shape[0])].to(rows.device)]
 
     def _layer_term(self, h_in: Tensor, h_out: Tensor) -> Tensor | None:
         """Return the penalty with its gradient attached to the streams, or None where it is not finite.
 
         The gradient is taken on detached rows and tied back by a linear form with the same value and slope. So a bad
         one is seen before it reaches the parameters, and the float64 graph is freed at once. The slope stays float64:
-        in a float16 model its entries, about 1 / N, would lose most of their digits.
+        in a float16 model its entries, about 1 / N, would lose most of their digits. All that decides whether a block
+        is skipped has been reduced over the processes, so they skip the same ones.
         """
         if not (h_in.requires_grad or h_out.requires_grad):
             return None
-        if not bool(h_in.isfinite().all() and h_out.isfinite().all()):
+        found = self._slopes(h_in.detach().double(), h_out.detach().double(), h_in.dtype)
+        if found is None:
             return None
-        with torch.enable_grad():
-            x, y = h_in.detach().double().requires_grad_(), h_out.detach().double().requires_grad_()
-            options = (self._rank, self.settings.gamma, self._beta, self._variant, self._seed)
-            try:
-                loss = _penalty(x, y, ROUNDING[h_in.dtype], *options)
-                slope_in, slope_out = torch.autograd.grad(loss, (x, y))
-            except (torch.linalg.LinAlgError, ValueError):  # type: ignore[attr-defined]
-                return None
-        if not (loss.isfinite() and slope_in.isfinite().all() and slope_out.isfinite().all()):
+        loss, slope_in, slope_out = found
+        tie = ((h_in.double() - h_in.detach().double()) * slope_in).sum()
+        tie = tie + ((h_out.double() - h_out.detach().double()) * slope_out).sum()
+        return (loss + self._processes * tie).to(torch.promote_types(h_out.dtype, torch.float32))
+
+    def _slopes(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return the penalty of all processes' rows, and its derivatives by this process's rows x and y.
+
+        They pass through G = x^T x and H = x^T y of the centred, projected rows: dx = x (dG + dG^T) + y dH^T and
+        dy = x dH. The derivative of the means vanishes, as centred rows add up to 0.
+        """
+        width = x.shape[1]
+        sums = self._sum(torch.cat([x.sum(0), y.sum(0), x.new_tensor([len(x)]), x.square().sum()[None]]))
+        count = int(sums[-2]) if bool(sums.isfinite().all()) else 0
+        if count < 2:
             return None
-        tie = ((h_in.double() - x.detach()) * slope_in).sum() + ((h_out.double() - y.detach()) * slope_out).sum()
-        return (loss.detach() + tie).to(torch.promote_types(h_out.dtype, torch.float32))
+        x, y = x - sums[:width] / count, y - sums[width : 2 * width] / count
+        try:
+            mean_square = float(sums[-1]) / (count * width)
+            basis = _directions(self._sum(x.T @ x) / (count - 1), mean_square, dtype, self._rank, self._seed)
+            x, y = x @ basis, y @ basis
+            with torch.enable_grad():
+                gram, cross = self._sum(torch.stack([x.T @ x, x.T @ y])).requires_grad_()
+                loss = _penalty(gram, cross, self.settings.gamma, self._beta, self._variant)
+                by_gram, by_cross = torch.autograd.grad(loss, (gram, cross))
+        except (torch.linalg.LinAlgError, ValueError):  # type: ignore[attr-defined]
+            return None
+        if not (loss.isfinite() and by_gram.isfinite().all() and by_cross.isfinite().all()):
+            return None
+        slope_in = (x @ (by_gram + by_gram.T) + y @ by_cross.T) @ basis.T
+        return loss.detach(), slope_in, (x @ by_cross) @ basis.T
+
+    @property
+    def _processes(self) -> int:
+        return dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
+
+    @property
+    def _process(self) -> int:
+        return dist.get_rank(self._group) if self._processes > 1 else 0
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Return the sum over the processes."""
+        if self._processes > 1:
+            dist.all_reduce(values, group=self._group)
+        return values
+
+    def _gathered(self, number: int, device: torch.device) -> list[int]:
+        """Return the number that each process has."""
+        mine = torch.zeros(self._processes, dtype=torch.int64, device=device)
+        mine[self._process] = number
+        return [int(each) for each in self._sum(mine)]
 
 
 def _kept_from_checkpoints() -> saved_tensors_hooks:
@@ -334,17 +393,21 @@ def _kept_from_checkpoints() -> saved_tensors_hooks:
     return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
-def _directions(rows: Float[Tensor, "tokens d"], rounding: float, rank: int, seed: int) -> Float[Tensor, "d r"]:
+def _directions(
+    covariance: Float[Tensor, "d d"], mean_square: float, dtype: torch.dtype, rank: int, seed: int
+) -> Float[Tensor, "d r"]:
     """Return the leading principal directions of the input that stand above its rounding noise.
+
+    ``mean_square`` is that of the input before centring, ``dtype`` what it was stored in.
 
     Raises
     ------
     ValueError
         When no direction does.
     """
-    centred = rows - rows.mean(0)
-    variance, basis = leading_directions(centred.T @ centred / (len(rows) - 1), min(rank, rows.shape[1]), seed)
-    floor = max(8 * rounding**2 * float(rows.square().mean()), rows.shape[1] * 2.0**-52 * float(variance[0]))
+    width = covariance.shape[0]
+    variance, basis = leading_directions(covariance, min(rank, width), seed)
+    floor = max(8 * ROUNDING[dtype] ** 2 * mean_square, width * 2.0**-52 * float(variance[0]))
     kept = variance > floor
     if not bool(kept.any()) or not math.isfinite(floor):
         raise ValueError("the input of the block does not vary over the tokens; there is no spectrum to shape")
