@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rksp_core.control import ControlListener, ControlWriter
     from rksp_core.kreiss import KreissResult, kreiss_constant, transient_growth
     from rksp_core.kss import KSSRegularizer, kss_loss
+    from rksp_core.limits import Limits
     from rksp_core.moments import Moments
     from rksp_core.orders import Desired, KSSSettings
     from rksp_core.profile import LayerProfile, ModelProfile
@@ -27,6 +28,7 @@ _HOME = {
     "KSSSettings": "orders",
     "KreissResult": "kreiss",
     "LayerProfile": "profile",
+    "Limits": "limits",
     "ModelProfile": "profile",
     "Moments": "moments",
     "ProfileWriter": "profile_writer",
@@ -45,6 +47,7 @@ __all__ = [
     "KSSSettings",
     "KreissResult",
     "LayerProfile",
+    "Limits",
     "ModelProfile",
     "Moments",
     "ProfileWriter",

@@ -6,16 +6,16 @@ one control folder. A trainer polls at its step boundaries:
     listener = ControlListener(folder, run_id="run-7")
     desired = listener.poll(step)           # None when nothing changed: one `stat`
     if desired is not None:
-        regularizer.configure(desired.kss)
+        regularizer.configure(desired.kss)  # and desired.clip, desired.learning_rate_scale, where limits allow them
         listener.acknowledge(desired, step)
 
-Expiry is handled inside `ControlListener.poll`: once an applied order has expired, it returns an order with alpha 0.
+Expiry is handled inside `ControlListener.poll`: once an applied order has expired, it returns an order with alpha 0
+and everything else the trainer's own.
 What the files say is in `rksp_core.orders`. No torch here: any process can import this module cheaply.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -25,7 +25,18 @@ from typing import Any
 
 from rksp_core.atomic import write_atomic
 from rksp_core.errors import ControlError
-from rksp_core.orders import Acknowledgement, AckStatus, Desired, KSSSettings, Reason, is_whole, seconds, timestamp
+from rksp_core.limits import Limits
+from rksp_core.orders import (
+    Acknowledgement,
+    AckStatus,
+    Desired,
+    KSSSettings,
+    Levers,
+    Reason,
+    is_whole,
+    seconds,
+    timestamp,
+)
 
 ORDER_FILE = "desired.json"
 ACK_FILE = "applied.json"
@@ -67,21 +78,32 @@ class ControlWriter:
         kss: KSSSettings,
         reason: Reason,
         *,
+        clip: float | None = None,
+        learning_rate_scale: float | None = None,
         known: int = 0,
         expires_in: float | None = None,
     ) -> Desired:
         """Return the next order without writing it, so that a ledger can hold it before the trainer sees it.
 
-        ``known`` is the largest generation in the ledger; ``expires_in`` is in seconds from now, None never expires.
+        ``clip`` and ``learning_rate_scale`` are as in `rksp_core.orders.Levers`; ``known`` is the largest generation in
+        the ledger; ``expires_in`` is in seconds from now, None never expires.
+
+        Raises
+        ------
+        ControlError
+            When ``clip`` or ``learning_rate_scale`` is out of its range.
         """
+        levers = Levers.of(kss, clip, learning_rate_scale)
         now = self._clock()
         return Desired(
             run_id=run_id,
             generation=self.next_generation(known),
-            kss=kss,
+            kss=levers.kss,
             issued_at=timestamp(now),
             expires_at=None if expires_in is None else timestamp(now + expires_in),
             reason=reason,
+            clip=levers.clip,
+            learning_rate_scale=levers.learning_rate_scale,
         )
 
     def issue(
@@ -90,17 +112,20 @@ class ControlWriter:
         kss: KSSSettings,
         reason: Reason,
         *,
+        clip: float | None = None,
+        learning_rate_scale: float | None = None,
         known: int = 0,
         expires_in: float | None = None,
     ) -> Desired:
-        """Prepare the next order, write it and return it.
+        """Prepare the next order as `prepare` does, write it and return it.
 
         Raises
         ------
         ControlError
-            When the control folder cannot be written.
+            When a lever is out of its range, or the control folder cannot be written.
         """
-        desired = self.prepare(run_id, kss, reason, known=known, expires_in=expires_in)
+        levers = {"clip": clip, "learning_rate_scale": learning_rate_scale}
+        desired = self.prepare(run_id, kss, reason, **levers, known=known, expires_in=expires_in)
         self.write(desired)
         return desired
 
@@ -142,9 +167,9 @@ class ControlWriter:
 class ControlListener:
     """The trainer's end: polls orders at step boundaries and acknowledges them. Use it on rank 0 only.
 
-    An order that is unreadable or out of range is ``rejected``; one for another run or of an older generation is
-    ``ignored``. Both are acknowledged here, with a message; what held before goes on. An order that has expired,
-    on arrival or later, means alpha 0.
+    An order that is unreadable, out of range or outside the limits is ``rejected``, never clamped; one for another run
+    or of an older generation is ``ignored``. Both are acknowledged here, with a message; what held before goes on. An
+    order that has expired, on arrival or later, means alpha 0 and everything else the trainer's own.
 
     Parameters
     ----------
@@ -152,6 +177,8 @@ class ControlListener:
         The control folder; it need not exist yet.
     run_id
         Orders for another run are ignored.
+    limits
+        What this trainer lets an order set; by default any regularizer, and nothing beside it.
     mode
         Permission bits of ``applied.json``.
     clock
@@ -162,26 +189,28 @@ class ControlListener:
         self,
         folder: str | os.PathLike[str],
         run_id: str,
+        limits: Limits = Limits(),  # noqa: B008 - it is frozen
         *,
         mode: int = 0o600,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.folder = Path(folder)
         self.run_id = run_id
+        self._limits = limits
         self._mode = mode
         self._clock = clock
         self._order_path = str(self.folder / ORDER_FILE)
         self._signature: tuple[int, int, int] | None = None
-        self._active = KSSSettings()
+        self._active = Levers()
         self._active_generation = 0
-        self._highest = self._acknowledged_generation()
+        self._highest, self._ended = self._acknowledged()
         self._pending_expiry: tuple[float, Desired] | None = None
 
     def poll(self, step: int) -> Desired | None:
         """Return an order to apply at this step boundary, or None. Costs one ``stat`` when nothing changed.
 
-        Call `acknowledge` once it is applied. An order of this run whose time is over comes back once, with
-        ``kss.alpha`` 0 and ``expired`` set.
+        Call `acknowledge` once it is applied. An order of this run whose time is over comes back once, as
+        `Desired.ended` says: ``kss.alpha`` 0 and ``expired`` set.
 
         Raises
         ------
@@ -191,7 +220,7 @@ class ControlListener:
         if self._pending_expiry is not None and self._clock() >= self._pending_expiry[0]:
             order = self._pending_expiry[1]
             self._pending_expiry = None
-            return dataclasses.replace(order, kss=dataclasses.replace(order.kss, alpha=0.0), expired=True)
+            return order.ended()
         try:
             stat = os.stat(self._order_path)  # noqa: PTH116 - a Path costs more than the call itself
         except OSError:
@@ -211,7 +240,7 @@ class ControlListener:
             When ``applied.json`` cannot be written.
         """
         if status == "applied":
-            self._active, self._active_generation = desired.kss, desired.generation
+            self._active, self._active_generation = desired.levers, desired.generation
             if desired.expired:
                 status, message = "expired", message or "the order's time is over: KSS is off"
         self._answer(desired.generation, step, status, message)
@@ -219,7 +248,7 @@ class ControlListener:
     @property
     def active(self) -> tuple[int, KSSSettings]:
         """The generation and the settings that hold now."""
-        return self._active_generation, self._active
+        return self._active_generation, self._active.kss
 
     def _take(self, step: int) -> Desired | None:
         document = None
@@ -234,12 +263,17 @@ class ControlListener:
         if refusal is not None:
             self._answer(desired.generation, step, "ignored", refusal)
             return None
+        outside = self._limits.refusal(desired)
+        if outside is not None:
+            self._answer(desired.generation, step, "rejected", outside)
+            return None
         self._highest = desired.generation
         self._pending_expiry = None
         if desired.expires_at is not None:
             end = seconds(desired.expires_at)
-            if end <= self._clock():
-                return dataclasses.replace(desired, kss=dataclasses.replace(desired.kss, alpha=0.0), expired=True)
+            # A clock that was set back must not revive, after a restart, an order that was over before.
+            if end <= self._clock() or desired.generation == self._ended:
+                return desired.ended()
             self._pending_expiry = (end, desired)
         return desired
 
@@ -270,7 +304,9 @@ class ControlListener:
             status,
             message,
             self._active_generation,
-            self._active,
+            self._active.kss,
+            self._active.clip,
+            self._active.learning_rate_scale,
         )
         # A trainer's first poll may come before the monitor created the folder; then there was no order to answer.
         write_atomic(
@@ -279,13 +315,18 @@ class ControlListener:
             mode=self._mode,
         )
 
-    def _acknowledged_generation(self) -> int:
-        """After a restart, orders older than the one this run last obeyed stay ignored; that one is applied again."""
+    def _acknowledged(self) -> tuple[int, int]:
+        """Return the generation that this run last obeyed, and the one whose time was over; 0 for none.
+
+        After a restart, orders older than the first stay ignored; that one is applied again unless it had expired.
+        """
         try:
             answer = Acknowledgement.from_dict(_read(self.folder / ACK_FILE))
         except ControlError:
-            return 0
-        return answer.active_generation if answer.run_id == self.run_id else 0
+            return 0, 0
+        if answer.run_id != self.run_id:
+            return 0, 0
+        return answer.active_generation, answer.generation if answer.status == "expired" else 0
 
 
 def _read(path: Path) -> Any:

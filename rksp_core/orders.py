@@ -1,7 +1,9 @@
 """What an order to a trainer says and what the trainer answers: the content of ``desired.json`` and ``applied.json``.
 
-Values and their JSON forms only; `rksp_core.control` writes, reads and obeys them. No torch here: any process can
-import this module cheaply.
+Values and their JSON forms only; `rksp_core.control` writes, reads and obeys them. Both forms have two versions. The
+second one adds ``kss.variant``, ``clip`` and ``learning_rate_scale``, and is written only where one of them is set: so
+a trainer of the first version obeys all that it knows, and refuses the rest by the name of the schema. No torch here:
+any process can import this module cheaply.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from typing import Any, Literal, TypeGuard
 
 from rksp_core.errors import ControlError
 
-ORDER_SCHEMA = "rksp.control/1"
-ACK_SCHEMA = "rksp.control.ack/1"
+ORDER_SCHEMAS = ("rksp.control/1", "rksp.control/2")
+ACK_SCHEMAS = ("rksp.control.ack/1", "rksp.control.ack/2")
 
 AckStatus = Literal["applied", "ignored", "rejected", "expired"]
+Variant = Literal["paper", "hinge"]
+VARIANTS: tuple[Variant, ...] = ("paper", "hinge")
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,15 @@ class KSSSettings:
     """Settings of the regularizer that an order carries.
 
     ``alpha`` >= 0 weighs the term (0 = off), ``interval`` >= 1 is its period in steps, ``layer_fraction`` in (0, 1]
-    the random share of layers, ``gamma`` in [0, 1] the target of the soft near-unit mass (Kim et al. 2026, Eq. 15).
+    the random share of layers, ``gamma`` in [0, 1] the target of the soft near-unit mass (Kim et al. 2026, Eq. 15),
+    ``variant`` the form of the unstable term (see `rksp_core.kss_loss`; None: the trainer's own).
     """
 
     alpha: float = 0.0
     interval: int = 10
     layer_fraction: float = 0.5
     gamma: float = 0.4
+    variant: Variant | None = None
 
     def __post_init__(self) -> None:
         for name, wanted, good in (
@@ -44,9 +50,79 @@ class KSSSettings:
                 is_number(self.layer_fraction) and 0 < self.layer_fraction <= 1,
             ),
             ("gamma", "a number in [0, 1]", is_number(self.gamma) and 0 <= self.gamma <= 1),
+            ("variant", f"one of {', '.join(VARIANTS)}", self.variant is None or self.variant in VARIANTS),
         ):
             if not good:
                 raise ControlError(f"kss.{name} must be {wanted}, got {getattr(self, name)!r}; correct the order")
+
+
+@dataclass(frozen=True)
+class Levers(KSSSettings):
+    """All that an order sets: the regularizer, and what lies beside it in a trainer.
+
+    ``clip`` > 0 is the largest gradient norm, ``learning_rate_scale`` > 0 a factor on the trainer's schedule. None
+    is the trainer's own: an order describes the whole state, so what it leaves out goes back to that.
+    """
+
+    clip: float | None = None
+    learning_rate_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("clip", "learning_rate_scale"):
+            value = getattr(self, name)
+            if value is not None and not (is_number(value) and value > 0):
+                raise ControlError(f"{name} must be a number above 0 or left out, got {value!r}; correct the order")
+
+    @classmethod
+    def of(cls, kss: KSSSettings, clip: float | None, learning_rate_scale: float | None) -> Levers:
+        """Put the settings of the regularizer and the levers beside it together."""
+        settings = {f.name: getattr(kss, f.name) for f in dataclasses.fields(KSSSettings)}
+        return cls(**settings, clip=clip, learning_rate_scale=learning_rate_scale)
+
+    @property
+    def kss(self) -> KSSSettings:
+        """The settings of the regularizer alone."""
+        return KSSSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(KSSSettings)})
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is asked for but what the trainer does by itself, with the regularizer off."""
+        return self.alpha == 0 and self.clip is None and self.learning_rate_scale is None
+
+    @property
+    def version(self) -> Literal[1, 2]:
+        """The first version of the files that can say this."""
+        return 1 if self.variant is None and self.clip is None and self.learning_rate_scale is None else 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form, as it lies in orders and acknowledgements: what is None is left out."""
+        kss = {name: value for name, value in dataclasses.asdict(self.kss).items() if value is not None}
+        beside = {"clip": self.clip, "learning_rate_scale": self.learning_rate_scale}
+        return {"kss": kss} | {name: value for name, value in beside.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any], version: int) -> Levers:
+        """Read the JSON form out of a document of this version that holds more.
+
+        Raises
+        ------
+        ControlError
+            When a value is out of its range, or the version has no such lever.
+        """
+        kss = document["kss"]
+        unknown = [name for name in kss if name not in _KSS_FIELDS]
+        if unknown:
+            raise ControlError(f"kss has no setting {unknown[0]!r}; it has {', '.join(_KSS_FIELDS)}")
+        values = {**kss, **{name: document[name] for name in _BESIDE if name in document}}
+        newer = [name for name in ("variant", *_BESIDE) if name in values]
+        if version == 1 and newer:
+            raise ControlError(f"{newer[0]} needs the schema {ORDER_SCHEMAS[1]!r}; let a monitor write the order")
+        return cls(**values)
+
+
+_KSS_FIELDS = tuple(f.name for f in dataclasses.fields(KSSSettings))
+_BESIDE = tuple(f.name for f in dataclasses.fields(Levers) if f.name not in _KSS_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -63,7 +139,10 @@ class Reason:
 
 @dataclass(frozen=True)
 class Desired:
-    """One order of the monitor. ``expired`` marks the order with alpha 0 that follows when its time is over."""
+    """One order of the monitor; ``clip`` and ``learning_rate_scale`` as in `Levers`.
+
+    ``expired`` marks the order that follows when its time is over: alpha 0, and all else the trainer's own.
+    """
 
     run_id: str
     generation: int
@@ -72,12 +151,31 @@ class Desired:
     expires_at: str | None = None
     reason: Reason = field(default_factory=Reason)
     expired: bool = False
+    clip: float | None = None
+    learning_rate_scale: float | None = None
+
+    @property
+    def levers(self) -> Levers:
+        """All that the order sets."""
+        return Levers.of(self.kss, self.clip, self.learning_rate_scale)
+
+    def ended(self) -> Desired:
+        """Return what holds when the order's time is over."""
+        off = dataclasses.replace(self.kss, alpha=0.0, variant=None)
+        return dataclasses.replace(self, kss=off, clip=None, learning_rate_scale=None, expired=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form of ``desired.json``."""
-        document = dataclasses.asdict(self)
-        del document["expired"]
-        return {"schema": ORDER_SCHEMA, **document}
+        levers = self.levers
+        return {
+            "schema": ORDER_SCHEMAS[levers.version - 1],
+            "run_id": self.run_id,
+            "generation": self.generation,
+            **levers.to_dict(),
+            "issued_at": self.issued_at,
+            "expires_at": self.expires_at,
+            "reason": dataclasses.asdict(self.reason),
+        }
 
     @classmethod
     def from_dict(cls, document: Any) -> Desired:
@@ -88,9 +186,13 @@ class Desired:
         ControlError
             When the schema is unknown or a value is missing or out of its range.
         """
-        if not isinstance(document, Mapping) or document.get("schema") != ORDER_SCHEMA:
-            schema = document.get("schema") if isinstance(document, Mapping) else document
-            raise ControlError(f"an order has schema {ORDER_SCHEMA!r}, got {schema!r}; use a monitor of this version")
+        schema = document.get("schema") if isinstance(document, Mapping) else document
+        if not isinstance(document, Mapping) or schema not in ORDER_SCHEMAS:
+            raise ControlError(
+                f"an order has schema {ORDER_SCHEMAS[0]!r} or {ORDER_SCHEMAS[1]!r}, got {schema!r}; use a monitor of "
+                "this version"
+            )
+        version = ORDER_SCHEMAS.index(schema) + 1
         try:
             generation, run_id = document["generation"], document["run_id"]
             if not is_whole(generation) or generation < 1 or not isinstance(run_id, str):
@@ -101,13 +203,18 @@ class Desired:
             if expires_at is not None:
                 seconds(expires_at)
             reason = {f.name: document.get("reason", {}).get(f.name) for f in dataclasses.fields(Reason)}
+            if version == 2:
+                _check_second(document)
+            levers = Levers.from_dict(document, version)
             return cls(
                 run_id=run_id,
                 generation=generation,
-                kss=KSSSettings(**document["kss"]),
+                kss=levers.kss,
                 issued_at=document.get("issued_at", ""),
                 expires_at=expires_at,
                 reason=Reason(**reason),
+                clip=levers.clip,
+                learning_rate_scale=levers.learning_rate_scale,
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ControlError(f"the order cannot be read ({error!r}); let the monitor write it again") from error
@@ -125,18 +232,26 @@ class Acknowledgement:
     message: str
     active_generation: int
     active_kss: KSSSettings
+    active_clip: float | None = None
+    active_learning_rate_scale: float | None = None
+
+    @property
+    def active(self) -> Levers:
+        """All that holds now."""
+        return Levers.of(self.active_kss, self.active_clip, self.active_learning_rate_scale)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form of ``applied.json``."""
+        active = self.active
         return {
-            "schema": ACK_SCHEMA,
+            "schema": ACK_SCHEMAS[active.version - 1],
             "run_id": self.run_id,
             "generation": self.generation,
             "step": self.step,
             "at": self.at,
             "status": self.status,
             "message": self.message,
-            "active": {"generation": self.active_generation, "kss": dataclasses.asdict(self.active_kss)},
+            "active": {"generation": self.active_generation, **active.to_dict()},
         }
 
     @classmethod
@@ -149,19 +264,32 @@ class Acknowledgement:
             When the schema is unknown or a field is missing.
         """
         try:
-            if document["schema"] != ACK_SCHEMA:
-                raise ControlError(f"an acknowledgement has schema {ACK_SCHEMA!r}, got {document['schema']!r}")
-            active = document["active"]
+            schema, active = document["schema"], document["active"]
+            if schema not in ACK_SCHEMAS:
+                raise ControlError(f"an acknowledgement has schema {' or '.join(ACK_SCHEMAS)}, got {schema!r}")
+            levers = Levers.from_dict(active, ACK_SCHEMAS.index(schema) + 1)
             numbers = (document["generation"], document["step"], active["generation"])
             if not all(is_whole(number) for number in numbers):
                 raise ControlError(f"an acknowledgement needs whole numbers for generation and step, got {numbers}")
             return cls(
                 **{name: document[name] for name in ("run_id", "generation", "step", "at", "status", "message")},
                 active_generation=active["generation"],
-                active_kss=KSSSettings(**active["kss"]),
+                active_kss=levers.kss,
+                active_clip=levers.clip,
+                active_learning_rate_scale=levers.learning_rate_scale,
             )
         except (KeyError, TypeError) as error:
             raise ControlError(f"the acknowledgement cannot be read ({error!r})") from error
+
+
+def _check_second(document: Mapping[str, Any]) -> None:
+    """Refuse what the second version does not know: a misspelt lever would go back to the trainer's own unseen."""
+    known = {"schema", "run_id", "generation", "kss", *_BESIDE, "issued_at", "expires_at", "reason"}
+    unknown = [name for name in document if name not in known]
+    if unknown:
+        raise ControlError(f"an order has no field {unknown[0]!r}; the levers beside kss are {', '.join(_BESIDE)}")
+    if "alpha" not in document["kss"]:
+        raise ControlError(f"an order of schema {ORDER_SCHEMAS[1]!r} names kss.alpha; 0 is off")
 
 
 def timestamp(moment: float) -> str:

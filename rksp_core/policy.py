@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from rksp_core.drift import FEATURES, Drift
 from rksp_core.errors import ConfigError
-from rksp_core.orders import KSSSettings, Reason
+from rksp_core.orders import Levers, Reason, is_number, is_whole
 
 LEVELS = ("ok", "elevated", "high", "critical")
 
@@ -38,6 +38,8 @@ class Condition:
         if self.metric not in FEATURES:
             near = get_close_matches(self.metric, FEATURES, 1, 0.0)[0]
             raise ConfigError(f"a rule names the unknown metric {self.metric!r}; did you mean {near!r}?")
+        if not is_number(self.by):
+            raise ConfigError(f"a rule about {self.metric}: by must be a finite number, got {self.by!r}; correct it")
 
     def holds(self, drift: Drift) -> bool:
         """Whether the comparison is true of this event."""
@@ -101,7 +103,7 @@ DEFAULT_RULES = (
 )
 
 # A level that is not listed takes the entry of the next lower one that is; level 0 without an entry is off.
-DEFAULT_LADDER = {0: KSSSettings(), 2: KSSSettings(alpha=0.15)}
+DEFAULT_LADDER = {0: Levers(), 2: Levers(alpha=0.15)}
 
 
 @dataclass(frozen=True)
@@ -118,22 +120,23 @@ class Policy:
     clear_after: int = 5
     cooldown_steps: int = 100
     expires_in: float | None = 86400.0
-    ladder: Mapping[int, KSSSettings] = field(default_factory=lambda: dict(DEFAULT_LADDER))
+    ladder: Mapping[int, Levers] = field(default_factory=lambda: dict(DEFAULT_LADDER))
 
     def __post_init__(self) -> None:
         for name, least in (("raise_after", 1), ("clear_after", 1), ("cooldown_steps", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"policy.{name} must be at least {least}, got {getattr(self, name)}; correct it")
-        if self.expires_in is not None and self.expires_in <= 0:
+            value = getattr(self, name)
+            if not is_whole(value) or value < least:
+                raise ConfigError(f"policy.{name} must be at least {least}, got {value}; correct it")
+        if self.expires_in is not None and not (is_number(self.expires_in) and self.expires_in > 0):
             raise ConfigError(f"policy.expires_in must be above 0 seconds or null, got {self.expires_in}; correct it")
         unknown = [level for level in self.ladder if level not in range(4)]
         if unknown:
             raise ConfigError(f"policy.ladder has the level {unknown[0]}; levels are 0 ok, 1, 2 and 3 critical")
 
-    def kss(self, level: int) -> KSSSettings:
-        """Return the settings that a level asks for."""
+    def levers(self, level: int) -> Levers:
+        """Return what a level asks for."""
         listed = [step for step in self.ladder if step <= level]
-        return self.ladder[max(listed)] if listed else KSSSettings()
+        return self.ladder[max(listed)] if listed else Levers()
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ class PolicyState:
     level: int = 0
     step: int | None = None
     proposals: tuple[int, ...] = ()
-    ordered: KSSSettings = field(default_factory=KSSSettings)
+    ordered: Levers = field(default_factory=Levers)
     ordered_level: int = 0
     ordered_step: int | None = None
     ordered_at: float | None = None
@@ -162,10 +165,10 @@ class PolicyState:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> PolicyState:
-        """Read the JSON form."""
+        """Read the JSON form; one of a time when an order set the regularizer alone lacks the levers beside it."""
         values = dict(document)
         values["proposals"] = tuple(values["proposals"])
-        values["ordered"] = KSSSettings(**values["ordered"])
+        values["ordered"] = Levers(**values["ordered"])
         return cls(**values)
 
 
@@ -179,7 +182,7 @@ class Decision:
     level: int
     previous_level: int
     fired: tuple[str, ...]
-    order: KSSSettings | None
+    order: Levers | None
     reason: Reason
     late: bool = False
 
@@ -197,7 +200,7 @@ def decide(state: PolicyState, evidence: Evidence, policy: Policy) -> tuple[Poli
     proposals = (*state.proposals, max((rule.level for rule in fired), default=0))[-keep:]
     level = _level(state.level, proposals, policy)
     reason = _reason(level, fired, drift)
-    order = policy.kss(level) if _order_is_due(state, level, evidence, policy) else None
+    order = policy.levers(level) if _order_is_due(state, level, evidence, policy) else None
     after = dataclasses.replace(state, level=level, step=drift.step, proposals=proposals)
     if order is not None:
         after = dataclasses.replace(
@@ -217,9 +220,9 @@ def _level(level: int, proposals: tuple[int, ...], policy: Policy) -> int:
 
 
 def _order_is_due(state: PolicyState, level: int, evidence: Evidence, policy: Policy) -> bool:
-    wanted = policy.kss(level)
+    wanted = policy.levers(level)
     renew = (
-        wanted.alpha > 0
+        not wanted.idle
         and policy.expires_in is not None
         and state.ordered_at is not None
         and evidence.at - state.ordered_at > policy.expires_in / 2

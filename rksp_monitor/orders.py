@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rksp_core.control import ControlWriter
-from rksp_core.orders import Acknowledgement, Desired, KSSSettings
+from rksp_core.orders import Acknowledgement, Desired, Levers
 from rksp_core.policy import Decision, PolicyState
 from rksp_monitor.ledger import Ledger
 
@@ -35,8 +35,16 @@ class Orders:
         if decision.order is None:
             return {}
         last = self.last
-        known = last.generation if last else 0
-        order = self._control.prepare(self._run, decision.order, decision.reason, known=known, expires_in=expires_in)
+        levers = decision.order
+        order = self._control.prepare(
+            self._run,
+            levers.kss,
+            decision.reason,
+            clip=levers.clip,
+            learning_rate_scale=levers.learning_rate_scale,
+            known=last.generation if last else 0,
+            expires_in=expires_in,
+        )
         return {STATE: order.to_dict()}
 
     def deliver(self) -> None:
@@ -55,10 +63,8 @@ class Orders:
         """Return the policy's state with what was really ordered, for a monitor that only observed before."""
         last = self.last
         if last is None:
-            return dataclasses.replace(
-                state, ordered=KSSSettings(), ordered_level=0, ordered_step=None, ordered_at=None
-            )
-        return dataclasses.replace(state, ordered=last.kss, ordered_level=last.reason.risk_level)
+            return dataclasses.replace(state, ordered=Levers(), ordered_level=0, ordered_step=None, ordered_at=None)
+        return dataclasses.replace(state, ordered=last.levers, ordered_level=last.reason.risk_level)
 
     def answer(self) -> Acknowledgement | None:
         """Return the last acknowledgement in the control folder, whoever wrote it."""

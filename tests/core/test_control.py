@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
+import math
 import os
+import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rksp_core.control import ControlListener, ControlWriter
-from rksp_core.errors import ControlError
-from rksp_core.orders import Acknowledgement, Desired, KSSSettings, Reason
+from rksp_core.errors import ConfigError, ControlError
+from rksp_core.limits import Limits
+from rksp_core.orders import Acknowledgement, Desired, KSSSettings, Levers, Reason
 
 ON = KSSSettings(alpha=0.15)
+ALL_LEVERS = Levers(0.15, variant="hinge", clip=0.5, learning_rate_scale=0.25)
+WIDE = Limits(clip=(0.1, 10.0), learning_rate_scale=(0.1, 1.0))
 
 
 class Clock:
@@ -153,6 +162,14 @@ BROKEN = {
     "unknown setting": '{"schema": "rksp.control/1", "run_id": "run", "generation": 1, "kss": {"alfa": 1}}',
     "bad time": '{"schema": "rksp.control/1", "run_id": "run", "generation": 1, "kss": {}, "expires_at": "soon"}',
     "deep": "[" * 100_000,
+    "clip in the first version": '{"schema": "rksp.control/1", "run_id": "run", "generation": 2, "kss": {}, "clip": 1}',
+    "variant in the first version": '{"schema": "rksp.control/1", "run_id": "run", "generation": 2, "kss": '
+    '{"alpha": 1, "variant": "hinge"}}',
+    "no alpha": '{"schema": "rksp.control/2", "run_id": "run", "generation": 2, "kss": {}, "clip": 1}',
+    "misspelt lever": '{"schema": "rksp.control/2", "run_id": "run", "generation": 2, "kss": {"alpha": 0}, "klip": 1}',
+    "no clip": '{"schema": "rksp.control/2", "run_id": "run", "generation": 2, "kss": {"alpha": 0}, "clip": 0}',
+    "unknown variant": '{"schema": "rksp.control/2", "run_id": "run", "generation": 2, "kss": '
+    '{"alpha": 1, "variant": "x"}}',
 }
 
 
@@ -223,7 +240,8 @@ def test_a_control_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"alpha": -0.1}, {"alpha": "1"}, {"interval": 0}, {"layer_fraction": 0.0}, {"gamma": 1.5}]
+    "settings",
+    [{"alpha": -0.1}, {"alpha": "1"}, {"interval": 0}, {"layer_fraction": 0.0}, {"gamma": 1.5}, {"variant": "hinges"}],
 )
 def test_settings_out_of_range_are_refused(settings: dict):
     with pytest.raises(ControlError, match=f"kss.{next(iter(settings))} must be"):
@@ -238,3 +256,194 @@ def test_a_group_that_may_read_orders_may_answer_them(tmp_path: Path, mode: int,
     finally:
         os.umask(before)
     assert (tmp_path / "control").stat().st_mode & 0o777 == folder_mode
+
+
+@given(
+    alpha=st.floats(0, 10),
+    interval=st.integers(1, 100),
+    variant=st.sampled_from([None, "paper", "hinge"]),
+    clip=st.none() | st.floats(1e-6, 1e6),
+    scale=st.none() | st.floats(1e-6, 1e6),
+)
+def test_orders_and_answers_survive_json_in_the_first_version_that_can_say_them(alpha, interval, variant, clip, scale):
+    kss = KSSSettings(alpha, interval, variant=variant)
+    order = Desired("run", 3, kss, clip=clip, learning_rate_scale=scale)
+    answer = Acknowledgement("run", 3, 9, "", "applied", "", 3, kss, clip, scale)
+    version = 1 if (variant, clip, scale) == (None, None, None) else 2
+    assert order.to_dict()["schema"] == f"rksp.control/{version}"
+    assert answer.to_dict()["schema"] == f"rksp.control.ack/{version}"
+    assert Desired.from_dict(json.loads(json.dumps(order.to_dict()))) == order
+    assert Acknowledgement.from_dict(json.loads(json.dumps(answer.to_dict()))) == answer
+
+
+def test_an_order_that_says_nothing_new_is_written_as_before(writer: ControlWriter):
+    writer.issue("run", ON, Reason(2, 100, "near_unit_mass_min", 0.6, 0.8, 0.0475), expires_in=60)
+    assert (
+        (writer.folder / "desired.json").read_text()
+        == """{
+ "schema": "rksp.control/1",
+ "run_id": "run",
+ "generation": 1,
+ "kss": {
+  "alpha": 0.15,
+  "interval": 10,
+  "layer_fraction": 0.5,
+  "gamma": 0.4
+ },
+ "issued_at": "2023-11-14T22:13:20.000Z",
+ "expires_at": "2023-11-14T22:14:20.000Z",
+ "reason": {
+  "risk_level": 2,
+  "checkpoint_step": 100,
+  "metric": "near_unit_mass_min",
+  "value": 0.6,
+  "baseline": 0.8,
+  "threshold": 0.0475
+ }
+}
+"""
+    )
+
+
+def test_every_lever_is_applied_acknowledged_and_goes_back_when_its_time_is_over(tmp_path: Path, clock: Clock):
+    writer = ControlWriter(tmp_path, clock=clock)
+    listener = ControlListener(tmp_path, "run", WIDE, clock=clock)
+    writer.issue("run", ALL_LEVERS.kss, Reason(), clip=0.5, learning_rate_scale=0.25, expires_in=60)
+    order = listener.poll(1)
+    assert order is not None
+    assert order.levers == ALL_LEVERS
+    listener.acknowledge(order, 1)
+    assert answer(tmp_path)["schema"] == "rksp.control.ack/2"
+    assert answer(tmp_path)["active"] == {
+        "generation": 1,
+        "kss": {"alpha": 0.15, "interval": 10, "layer_fraction": 0.5, "gamma": 0.4, "variant": "hinge"},
+        "clip": 0.5,
+        "learning_rate_scale": 0.25,
+    }
+    assert writer.applied().active == ALL_LEVERS
+    clock.now += 61
+    ended = listener.poll(2)
+    assert ended is not None
+    assert ended.expired
+    assert ended.levers == Levers()
+    listener.acknowledge(ended, 2)
+    assert answer(tmp_path)["schema"] == "rksp.control.ack/1"
+    assert answer(tmp_path)["status"] == "expired"
+
+
+def test_an_order_of_the_second_version_names_only_what_it_sets(tmp_path: Path):
+    document = {"schema": "rksp.control/2", "run_id": "run", "generation": 1, "kss": {"alpha": 0.1}, "clip": 2}
+    (tmp_path / "desired.json").write_text(json.dumps(document))
+    order = ControlListener(tmp_path, "run", WIDE).poll(1)
+    assert order is not None
+    assert order.levers == Levers(alpha=0.1, clip=2)
+
+
+def test_a_clock_set_back_over_a_restart_does_not_revive_an_expired_order(writer: ControlWriter, clock: Clock):
+    writer.issue("run", ON, Reason(), expires_in=60)
+    first = ControlListener(writer.folder, "run", clock=clock)
+    first.acknowledge(first.poll(1), 1)
+    clock.now += 61
+    first.acknowledge(first.poll(2), 2)
+    clock.now -= 3600
+    again = ControlListener(writer.folder, "run", clock=clock).poll(2)
+    assert again is not None, "the trainer may have been resumed from a checkpoint with the order in force"
+    assert again.expired
+    assert again.kss.alpha == 0.0
+
+
+OUTSIDE = [
+    (Levers(0.3), "kss.alpha 0.3, this trainer allows 0 to 0.2 (control.limits.alpha)"),
+    (Levers(0.1, 5), "kss.interval 5, this trainer allows 10 to 20 (control.limits.interval)"),
+    (Levers(0.1, 10, 0.9), "kss.layer_fraction 0.9, this trainer allows 0.5 to 0.5 (control.limits.layer_fraction)"),
+    (Levers(0.1, gamma=0.6), "kss.gamma 0.6, this trainer allows 0.3 to 0.5 (control.limits.gamma)"),
+    (Levers(0.1, variant="hinge"), "kss.variant hinge, this trainer allows paper (control.limits.variants)"),
+    (Levers(clip=0.5), "clip 0.5, this trainer has no such lever (control.limits.clip)"),
+    (
+        Levers(learning_rate_scale=2.0),
+        "learning_rate_scale 2.0, this trainer allows 0.1 to 1 (control.limits.learning_rate_scale)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), OUTSIDE)
+def test_an_order_outside_the_limits_is_rejected_and_what_held_goes_on(
+    tmp_path: Path, clock: Clock, bad: Levers, message: str
+):
+    writer = ControlWriter(tmp_path, clock=clock)
+    limits = Limits((0, 0.2), (10, 20), (0.5, 0.5), (0.3, 0.5), ("paper",), learning_rate_scale=(0.1, 1))
+    listener = ControlListener(tmp_path, "run", limits, clock=clock)
+    writer.issue("run", ON, Reason(), learning_rate_scale=0.5, expires_in=60)
+    listener.acknowledge(listener.poll(1), 1)
+    writer.issue("run", bad.kss, Reason(), clip=bad.clip, learning_rate_scale=bad.learning_rate_scale)
+    assert listener.poll(2) is None
+    said = writer.applied()
+    assert said is not None
+    assert (said.status, said.generation, said.message) == ("rejected", 2, f"the order asks for {message}")
+    assert (said.active_generation, said.active) == (1, Levers(0.15, learning_rate_scale=0.5))
+    assert listener.poll(3) is None
+    clock.now += 61
+    ended = listener.poll(4)
+    assert ended is not None, "the order that held still ends at its time"
+    assert (ended.generation, ended.expired) == (1, True)
+
+
+def test_off_is_never_outside_the_limits():
+    narrow = Limits((0.1, 0.2), (20, 30), (0.9, 1.0), (0.5, 0.5), ("hinge",))
+    assert narrow.refusal(Desired("run", 1, KSSSettings())) is None
+    assert Limits().refusal(Desired("run", 1, KSSSettings(1e9, 10**9, 1e-9, 1.0, "hinge"))) is None
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"alpha": (0.2, 0.1)}, "limits.alpha must be [lowest, highest], got (0.2, 0.1)"),
+        ({"alpha": None}, "limits.alpha must be [lowest, highest], got None"),
+        ({"clip": (0.0, math.nan)}, "limits.clip must be [lowest, highest]"),
+        ({"learning_rate_scale": 0.5}, "limits.learning_rate_scale must be [lowest, highest], got 0.5"),
+        ({"variants": ("papers",)}, "limits.variants has 'papers'; the variants are paper, hinge"),
+    ],
+)
+def test_impossible_limits_are_refused_in_one_sentence(bad: dict, message: str):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Limits(**bad)
+
+
+@pytest.mark.parametrize("lever", ["clip", "learning_rate_scale"])
+def test_a_lever_out_of_range_is_never_written(writer: ControlWriter, lever: str):
+    with pytest.raises(ControlError, match=f"{lever} must be a number above 0"):
+        writer.issue("run", ON, Reason(), **{lever: 0.0})
+    assert not (writer.folder / "desired.json").exists()
+
+
+LAST_OF_VERSION_1 = "e6a17f5"
+
+
+def test_a_trainer_of_the_first_version_refuses_the_second_by_its_schema(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The reader itself, from the project's history: it goes on with what held, and says why."""
+    package, root = tmp_path / "first_version", Path(__file__).parents[2]
+    package.mkdir()
+    for name in ("__init__", "atomic", "errors", "orders", "control"):
+        shown = subprocess.run(
+            ["git", "show", f"{LAST_OF_VERSION_1}:rksp_core/{name}.py"], cwd=root, capture_output=True, text=True
+        )
+        if shown.returncode:
+            pytest.skip("the project's history is not here")
+        (package / f"{name}.py").write_text(shown.stdout.replace("rksp_core", "first_version"))
+    monkeypatch.syspath_prepend(tmp_path)
+    listener = importlib.import_module("first_version.control").ControlListener(tmp_path / "control", "run")
+    writer = ControlWriter(tmp_path / "control")
+    writer.issue("run", ON, Reason())
+    order = listener.poll(1)
+    assert dataclasses.asdict(order.kss) == writer.prepare("run", ON, Reason()).to_dict()["kss"]
+    listener.acknowledge(order, 1)
+    writer.issue("run", ON, Reason(), clip=0.5)
+    assert listener.poll(2) is None
+    said = writer.applied()
+    assert said is not None
+    assert (said.status, said.generation, said.active_generation) == ("rejected", 2, 1)
+    assert "an order has schema 'rksp.control/1', got 'rksp.control/2'" in said.message
+    for name in [name for name in sys.modules if name.startswith("first_version")]:
+        monkeypatch.delitem(sys.modules, name)

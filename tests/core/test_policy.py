@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from rksp_core.drift import Drift, measure
 from rksp_core.errors import ConfigError
-from rksp_core.orders import KSSSettings
+from rksp_core.orders import Levers
 from rksp_core.policy import Condition, Decision, Evidence, Policy, PolicyState, Rule, decide
 from tests.core.profiles import profile
 
-ON, STRONG = KSSSettings(alpha=0.1), KSSSettings(alpha=0.2)
+ON, STRONG = Levers(alpha=0.1), Levers(alpha=0.2)
 
 # One number is the level it proposes: the loss. Everything else about a history is then easy to write down.
 PLAIN = Policy(
@@ -24,7 +24,7 @@ PLAIN = Policy(
     clear_after=3,
     cooldown_steps=0,
     expires_in=None,
-    ladder={0: KSSSettings(), 2: ON, 3: STRONG},
+    ladder={0: Levers(), 2: ON, 3: STRONG},
 )
 
 
@@ -62,7 +62,7 @@ def test_an_order_comes_once_per_change_of_settings():
 
 def test_a_cleared_level_orders_off_again():
     orders = [d.order for d in history([2, 2, 0, 0, 0, 0])]
-    assert orders == [None, ON, None, None, KSSSettings(), None]
+    assert orders == [None, ON, None, None, Levers(), None]
 
 
 def test_the_cool_down_delays_all_but_a_higher_level():
@@ -71,7 +71,7 @@ def test_the_cool_down_delays_all_but_a_higher_level():
     assert [(10 * n, d.order) for n, d in enumerate(decisions, start=1) if d.order] == [
         (10, ON),
         (40, STRONG),
-        (90, KSSSettings()),
+        (90, Levers()),
     ]
 
 
@@ -87,7 +87,7 @@ def test_off_needs_no_renewal():
 
 def test_a_level_that_is_not_listed_takes_the_next_lower_one():
     policy = Policy(ladder={1: ON})
-    assert [policy.kss(level) for level in range(4)] == [KSSSettings(), ON, ON, ON]
+    assert [policy.levers(level) for level in range(4)] == [Levers(), ON, ON, ON]
 
 
 def test_a_late_event_changes_nothing():
@@ -146,9 +146,23 @@ def test_a_model_that_is_not_finite_from_the_start_is_critical():
     assert decide(PolicyState(), Evidence(drift), Policy())[1].level == 3
 
 
-def test_the_state_survives_json():
-    state = PolicyState(2, 40, (0, 2, 2), STRONG, 2, 40, 17.5)
+def test_a_level_may_order_the_learning_rate_alone_and_it_is_renewed_and_cleared():
+    slow = Levers(learning_rate_scale=0.5)
+    policy = dataclasses.replace(PLAIN, raise_after=1, clear_after=1, expires_in=10.0, ladder={2: slow})
+    orders = [d.order for d in history([2] * 7 + [0], policy)]
+    assert orders == [slow, None, None, None, None, None, slow, Levers()]
+
+
+@pytest.mark.parametrize("ordered", [STRONG, Levers(0.2, variant="hinge", clip=0.5, learning_rate_scale=0.1)])
+def test_the_state_survives_json(ordered: Levers):
+    state = PolicyState(2, 40, (0, 2, 2), ordered, 2, 40, 17.5)
     assert PolicyState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
+
+
+def test_the_state_of_an_older_ledger_is_read():
+    ordered = {"alpha": 0.2, "interval": 10, "layer_fraction": 0.5, "gamma": 0.4}
+    document = PolicyState(2, 40, (0, 2, 2), STRONG, 2, 40, 17.5).to_dict() | {"ordered": ordered}
+    assert PolicyState.from_dict(document) == PolicyState(2, 40, (0, 2, 2), STRONG, 2, 40, 17.5)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +174,9 @@ def test_the_state_survives_json():
         (lambda: Policy(raise_after=0), "raise_after must be at least 1"),
         (lambda: Policy(expires_in=0.0), "expires_in must be above 0"),
         (lambda: Policy(ladder={4: ON}), "levels are 0 ok"),
+        (lambda: Condition("loss", float("nan")), "by must be a finite number, got nan"),
+        (lambda: Policy(expires_in=float("nan")), "expires_in must be above 0 seconds or null, got nan"),
+        (lambda: Policy(clear_after=float("nan")), "clear_after must be at least 1, got nan"),
     ],
 )
 def test_an_impossible_policy_is_refused_in_one_sentence(make, message: str):

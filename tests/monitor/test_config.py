@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rksp_core.errors import ConfigError
-from rksp_core.orders import KSSSettings
+from rksp_core.orders import Levers
 from rksp_monitor.cli import run
 from rksp_monitor.config import WatchSettings, read_settings
 from rksp_monitor.run import describe_run
@@ -65,7 +65,7 @@ policy:
     - {name: r, level: 1, all: [{metric: log_kreiss_mean, against: baseline, direction: rises, by: 2}]}
 """
     policy = read_settings(written(tmp_path, text)).policy
-    assert policy.ladder == {1: KSSSettings(alpha=0.05)}
+    assert policy.ladder == {1: Levers(alpha=0.05)}
     assert policy.rules[0].all[0].against == "baseline"
     assert policy.clear_after == 5
 
@@ -75,6 +75,10 @@ MISTAKES = {
     "replay: {timout: 3}": "unknown key 'replay.timout'; did you mean 'replay.timeout'",
     "policy: {rules: [{name: a, levle: 1}]}": "unknown key 'policy.rules.0.levle'; did you mean 'policy.rules.0.level'",
     "policy: {ladder: {2: {alfa: 1}}}": "unknown key 'policy.ladder.2.alfa'; did you mean 'policy.ladder.2.alpha'",
+    "policy: {ladder: {2: {clip: 0}}}": "clip must be a number above 0 or left out, got 0",
+    "policy: {ladder: {2: {variant: hinges}}}": "got 'hinges'",
+    "policy: {rules: [{name: a, level: 1, all: [{metric: loss, by: .nan}]}]}": "by must be a finite number, got nan",
+    "policy: {expires_in: .inf}": "expires_in must be above 0 seconds or null, got inf",
     "policy: {ladder: {2: {alpha: -1}}}": "kss.alpha must be a number of at least 0, got -1",
     "policy: {rules: [{name: a, level: 1, all: [{metric: kreiss, by: 1}]}]}": "unknown metric 'kreiss'",
     "policy: {rules: [{name: a, level: 1, all: [{metric: loss, by: 1, against: past}]}]}": "got 'past'",
