@@ -17,6 +17,7 @@ import structlog
 from rksp_core import ProfileWriter
 from rksp_core.control import ControlListener, ControlWriter
 from rksp_core.errors import CheckpointError, CorruptCheckpoint, ExpiredCheckpoint, ModelError
+from rksp_core.limits import Limits
 from rksp_core.orders import KSSSettings, Reason
 from rksp_core.profile import ModelProfile
 from rksp_monitor.config import WatchSettings
@@ -383,3 +384,25 @@ def test_what_the_trainer_answers_is_logged_once_whoever_it_is(bench: Bench):
     bench.run()
     answers = [log for log in bench.logs if log["event"] == "answer"]
     assert [(log["trainer"], log["status"], log["log_level"]) for log in answers] == [("another", "ignored", "warning")]
+
+
+def test_levers_beside_the_regularizer_are_ordered_exported_and_end_with_the_order(bench: Bench):
+    policy = {"ladder": {2: {"alpha": 0.15, "clip": 0.5, "learning_rate_scale": 0.25}}, "expires_in": 3600}
+    trainer = ControlListener(
+        bench.folder / "control", "run", Limits(clip=(0.1, 1), learning_rate_scale=(0.1, 1)), clock=lambda: bench.now
+    )
+    bench.healthy(100)
+    bench.writer.write(profile(**ALARM), 110)
+    bench.run(enforce=True, policy=policy)
+    assert (desired(bench)["schema"], desired(bench)["clip"]) == ("rksp.control/2", 0.5)
+    assert bench.gauge("rksp_control_desired_learning_rate_scale") == 0.25
+    assert bench.gauge("rksp_control_applied_learning_rate_scale") is None
+    trainer.acknowledge(trainer.poll(111), 111)
+    bench.run(enforce=True, policy=policy)
+    assert bench.gauge("rksp_control_applied_clip") == 0.5
+    assert bench.gauge("rksp_control_applied_learning_rate_scale") == 0.25
+    bench.now += 3600
+    trainer.acknowledge(trainer.poll(112), 112)
+    bench.run(enforce=True, policy=policy)
+    for name in ("desired_clip", "applied_clip", "desired_learning_rate_scale", "applied_learning_rate_scale"):
+        assert bench.gauge(f"rksp_control_{name}") is None

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save
 
-from rksp_core import ProfileWriter
+from rksp_core import Limits, ProfileWriter
 from rksp_core.control import ControlListener
 from tests.core.profiles import profile
 from tests.monitor import tiny_model
@@ -142,6 +142,25 @@ def test_from_profiles_to_an_order_and_its_acknowledgement(run: Path, start):
     assert watcher.metric("rksp_kss_applied_weight") == 0.15
     assert watcher.end() == 0
     assert watcher.logged("stopped")[-1]["by"] == "SIGTERM"
+
+
+def test_an_order_outside_the_trainers_limits_is_rejected_and_the_log_says_why(run: Path, start):
+    settings = run.parent / "settings.yaml"
+    settings.write_text("policy: {ladder: {2: {alpha: 0.15, learning_rate_scale: 2.0}}}")
+    watcher = start("--enforce", "--config", str(settings))
+    healthy(run, range(10, 110, 10))
+    ProfileWriter(run, every=10).write(profile(**ALARM), 110)
+    until(lambda: (run / "control" / "desired.json").exists())
+    assert ControlListener(run / "control", "run", Limits(learning_rate_scale=(0.1, 1))).poll(111) is None
+    until(lambda: watcher.logged("answer"))
+    answer = watcher.logged("answer")[0]
+    assert (answer["level"], answer["status"], answer["generation"]) == ("warning", "rejected", 1)
+    assert answer["message"] == (
+        "the order asks for learning_rate_scale 2.0, this trainer allows 0.1 to 1 (control.limits.learning_rate_scale)"
+    )
+    assert watcher.metric("rksp_control_desired_learning_rate_scale") == 2
+    assert watcher.metric("rksp_control_applied_generation") == 0
+    assert watcher.end() == 0
 
 
 @pytest.mark.slow
