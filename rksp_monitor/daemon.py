@@ -20,7 +20,7 @@ from structlog.typing import FilteringBoundLogger
 from rksp_core.control import ControlWriter
 from rksp_core.drift import DriftState, measure, rewind
 from rksp_core.errors import CheckpointError, ControlError, ExpiredCheckpoint, ProfileError, RkspError
-from rksp_core.orders import Acknowledgement, Levers
+from rksp_core.orders import Acknowledgement
 from rksp_core.policy import LEVELS, Decision, Evidence, PolicyState, decide
 from rksp_core.profile import ModelProfile
 from rksp_monitor.checkpoints import FORMATS, Kind
@@ -345,12 +345,9 @@ class Daemon:
         expires_in = self.settings.policy.expires_in
         ordered_at = self._state.ordered_at
         expired = expires_in is not None and ordered_at is not None and self._clock() > ordered_at + expires_in
-        wanted = Levers() if expired else self._state.ordered
         values: dict[str, float | None] = {
             "rksp_risk_level": self._state.level,
-            "rksp_kss_desired_weight": wanted.alpha,
-            "rksp_control_desired_clip": wanted.clip,
-            "rksp_control_desired_learning_rate_scale": wanted.learning_rate_scale,
+            "rksp_kss_desired_weight": 0.0 if expired else self._state.ordered.alpha,
             "rksp_control_desired_generation": order.generation if order else 0,
             "rksp_control_applied_generation": 0,
         }
@@ -358,8 +355,6 @@ class Daemon:
             self._log_answer(answer)
             if answer.run_id == self._run:
                 values["rksp_kss_applied_weight"] = answer.active_kss.alpha
-                values["rksp_control_applied_clip"] = answer.active_clip
-                values["rksp_control_applied_learning_rate_scale"] = answer.active_learning_rate_scale
                 values["rksp_control_applied_generation"] = answer.active_generation
         for name, value in values.items():
             self._board.set(self._run, name, value)

@@ -123,16 +123,6 @@ METRICS: tuple[Definition, ...] = (
     _gauge("rksp_risk_level", "Level of the policy: 0 ok, 1 elevated, 2 high, 3 critical."),
     _gauge("rksp_kss_desired_weight", "Weight of the regularizer that the policy asks for; 0 is off."),
     _gauge("rksp_kss_applied_weight", "Weight of the regularizer that the trainer acknowledged as active."),
-    _gauge("rksp_control_desired_clip", "Clip threshold that the policy asks for; absent: the trainer's own."),
-    _gauge("rksp_control_applied_clip", "Clip threshold that the trainer acknowledged; absent: its own."),
-    _gauge(
-        "rksp_control_desired_learning_rate_scale",
-        "Factor on the learning rate that the policy asks for; absent: the trainer's own.",
-    ),
-    _gauge(
-        "rksp_control_applied_learning_rate_scale",
-        "Factor on the learning rate that the trainer acknowledged; absent: its own.",
-    ),
     _gauge("rksp_control_desired_generation", "Generation of the last order that was issued; 0 before the first."),
     _gauge(
         "rksp_control_applied_generation", "Generation that the trainer acknowledged as active; 0 before the first."

@@ -386,23 +386,18 @@ def test_what_the_trainer_answers_is_logged_once_whoever_it_is(bench: Bench):
     assert [(log["trainer"], log["status"], log["log_level"]) for log in answers] == [("another", "ignored", "warning")]
 
 
-def test_levers_beside_the_regularizer_are_ordered_exported_and_end_with_the_order(bench: Bench):
-    policy = {"ladder": {2: {"alpha": 0.15, "clip": 0.5, "learning_rate_scale": 0.25}}, "expires_in": 3600}
-    trainer = ControlListener(
-        bench.folder / "control", "run", Limits(clip=(0.1, 1), learning_rate_scale=(0.1, 1)), clock=lambda: bench.now
-    )
+def test_levers_beside_the_regularizer_are_ordered_and_the_answer_is_logged(bench: Bench):
+    policy = {"ladder": {2: {"alpha": 0.15, "clip": 0.5, "learning_rate_scale": 0.25}}}
+    limits = Limits(clip=(0.1, 1), learning_rate_scale=(0.1, 1))
+    trainer = ControlListener(bench.folder / "control", "run", limits, clock=lambda: bench.now)
     bench.healthy(100)
     bench.writer.write(profile(**ALARM), 110)
     bench.run(enforce=True, policy=policy)
-    assert (desired(bench)["schema"], desired(bench)["clip"]) == ("rksp.control/2", 0.5)
-    assert bench.gauge("rksp_control_desired_learning_rate_scale") == 0.25
-    assert bench.gauge("rksp_control_applied_learning_rate_scale") is None
+    assert desired(bench)["schema"] == "rksp.control/2"
     trainer.acknowledge(trainer.poll(111), 111)
     bench.run(enforce=True, policy=policy)
-    assert bench.gauge("rksp_control_applied_clip") == 0.5
-    assert bench.gauge("rksp_control_applied_learning_rate_scale") == 0.25
-    bench.now += 3600
-    trainer.acknowledge(trainer.poll(112), 112)
-    bench.run(enforce=True, policy=policy)
-    for name in ("desired_clip", "applied_clip", "desired_learning_rate_scale", "applied_learning_rate_scale"):
-        assert bench.gauge(f"rksp_control_{name}") is None
+    assert desired(bench)["generation"] == 1, "what holds is not ordered again"
+    (order,) = [log for log in bench.logs if log["event"] == "order"]
+    (answer,) = [log for log in bench.logs if log["event"] == "answer"]
+    assert (order["clip"], order["learning_rate_scale"]) == (0.5, 0.25)
+    assert answer["active"] == {"kss": order["kss"], "clip": 0.5, "learning_rate_scale": 0.25}

@@ -158,7 +158,6 @@ def test_an_order_outside_the_trainers_limits_is_rejected_and_the_log_says_why(r
     assert answer["message"] == (
         "the order asks for learning_rate_scale 2.0, this trainer allows 0.1 to 1 (control.limits.learning_rate_scale)"
     )
-    assert watcher.metric("rksp_control_desired_learning_rate_scale") == 2
     assert watcher.metric("rksp_control_applied_generation") == 0
     assert watcher.end() == 0
 
