@@ -6,8 +6,9 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-# Streams of random numbers that must never meet: a batch is a pure function of (seed, stream, step).
-TRAINING, PROBE, EVALUATION = range(3)
+# Streams of random numbers that must never meet: a batch is a pure function of (seed, stream, step). The last three
+# give no batches: they draw the order of an epoch, shifts and flips of images, and what is held out.
+TRAINING, PROBE, EVALUATION, ORDER, AUGMENTATION, SPLIT = range(6)
 
 
 class Batch(NamedTuple):
@@ -18,12 +19,16 @@ class Batch(NamedTuple):
 
 
 class Task(Protocol):
-    """What the loop asks of a task; ``inputs_name`` is what the model's forward calls its input."""
+    """What the loop asks of a task; ``inputs_name`` is what the model's forward calls its input.
+
+    ``evaluation_items`` is how many different sequences or images the stream EVALUATION has; None: without end.
+    """
 
     inputs_name: str
+    evaluation_items: int | None
 
     def batch(self, stream: int, step: int, size: int) -> Batch:
-        """Return the batch of this stream and step."""
+        """Return the batch of this stream and step; the training steps count from 1."""
         ...
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:

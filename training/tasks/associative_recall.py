@@ -33,6 +33,7 @@ class AssociativeRecall:
     """
 
     inputs_name = "input_ids"
+    evaluation_items = None
 
     def __init__(self, vocabulary: int, length: int, pairs: int, seed: int) -> None:
         if length < 2 * pairs + 1:
