@@ -26,7 +26,7 @@ def build_optimizer(section: Optimizer, model: nn.Module) -> torch.optim.Optimiz
     Raises
     ------
     ConfigError
-        When a factor belongs to no parameter, or is not above 0.
+        When a factor belongs to no parameter, is not above 0, or stands beside an optimizer that is not Adam's kin.
     """
     groups = _groups(section, model)
     if isinstance(section, AdamW):
@@ -34,7 +34,11 @@ def build_optimizer(section: Optimizer, model: nn.Module) -> torch.optim.Optimiz
         return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.epsilon, fused=True)
     if isinstance(section, SGD):
         return torch.optim.SGD(
-            groups, lr=section.learning_rate, momentum=section.momentum, nesterov=section.nesterov, fused=True
+            groups,
+            lr=section.learning_rate,
+            momentum=section.momentum,
+            nesterov=section.nesterov,
+            fused=not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()),  # not for shards
         )
     if isinstance(section, Lion):
         from lion_pytorch import Lion as TorchLion
@@ -48,6 +52,11 @@ def build_optimizer(section: Optimizer, model: nn.Module) -> torch.optim.Optimiz
 def _groups(section: Optimizer, model: nn.Module) -> list[dict[str, Any]]:
     """Return the parameters by (matrix or not, factor): the matrices, which decay, come first."""
     factors = _factors(model)
+    if isinstance(section, SGD | Lamb) and any(factor != 1 for factor in factors.values()):
+        raise ConfigError(
+            "the learning-rate factors of the model (muP) are Adam's; choose optimizer.name adamw or lion, "
+            f"got {section.name!r}"
+        )
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     for name, parameter in sorted(named, key=lambda pair: pair[1].dim() < 2):
