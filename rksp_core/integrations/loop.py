@@ -1,0 +1,159 @@
+"""What a trainer's callback does, whoever's trainer it is: obey orders, add the KSS term, write profiles."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+from torch import Tensor, nn
+
+from rksp_core.batch import Batch
+from rksp_core.errors import ConfigError
+from rksp_core.follower import ControlFollower
+from rksp_core.kss import KSSRegularizer
+from rksp_core.limits import Limits
+from rksp_core.orders import KSSSettings
+from rksp_core.profile_writer import ProfileWriter
+from rksp_core.profiling import profile_model
+
+_log = logging.getLogger(__name__)
+
+
+class Loop:
+    """Keeps a model in the loop with a monitor while a trainer trains it; `begin` starts, the callbacks do the rest.
+
+    Orders come from ``run_folder/control``, profiles go to ``run_folder/profiles``: the folder that ``rksp watch``
+    is given. With KSS off and no order, nothing here changes a number of the run.
+
+    Parameters
+    ----------
+    run_folder
+        The folder of the run; created when a profile is written.
+    run_id
+        Of the orders to obey; None: the name of the folder, as the watcher has it, too.
+    kss
+        The regularizer until an order comes; off by default.
+    limits
+        What an order may set. The clip threshold and the learning rate are left alone unless their limits say
+        otherwise.
+    probe
+        A fixed batch of the model's inputs, for profiles: a tensor, a tuple, or a dict of keyword arguments.
+    profile_every
+        Optimizer steps between two profiles; 0 writes none.
+    profile_options
+        Further keyword arguments of `rksp_core.profile_model`, such as ``samples``.
+    regularizer_options
+        Further keyword arguments of `rksp_core.KSSRegularizer`: ``rank``, ``samples``, ``beta``, ``blocks``, ``seed``.
+
+    Raises
+    ------
+    ConfigError
+        When profiles are asked for without a probe.
+    """
+
+    regularizer: KSSRegularizer  # these two since `begin`
+    follower: ControlFollower
+
+    def __init__(
+        self,
+        run_folder: str | os.PathLike[str],
+        *,
+        run_id: str | None = None,
+        kss: KSSSettings = KSSSettings(),  # noqa: B008 - it is frozen
+        limits: Limits = Limits(),  # noqa: B008 - the same
+        probe: Batch | None = None,
+        profile_every: int = 0,
+        profile_options: dict[str, Any] | None = None,
+        **regularizer_options: Any,
+    ) -> None:
+        if profile_every > 0 and probe is None:
+            raise ConfigError(f"profile_every = {profile_every} needs a probe, got none; give a fixed batch as probe")
+        self.run_folder = Path(run_folder)
+        self.run_id = run_id or self.run_folder.resolve().name
+        self.limits = limits
+        self._kss, self._probe, self._every = kss, probe, profile_every
+        self._profile_options, self._regularizer_options = profile_options or {}, regularizer_options
+        self._begun = False
+        self._kept: dict[str, Any] = {}  # a state that was loaded before there was a model
+        self._window = ExitStack()
+        self._profiled: int | None = None
+
+    def begin(self, model: nn.Module, step: int) -> None:
+        """Start on a model that is ready to train, after ``step`` updates: on its device, its weights loaded.
+
+        Raises
+        ------
+        NoBlocksError
+            When no residual blocks are found; the message lists the candidates.
+        """
+        kss = self._kss
+        self._window.close()  # of a training that an exception ended
+        self._profiled = step or None  # a resumed run has that profile already
+        self.regularizer = KSSRegularizer(
+            model, kss.alpha, kss.interval, kss.layer_fraction, kss.gamma, **self._regularizer_options
+        )
+        self.regularizer.configure(kss)
+        self.follower = ControlFollower(self.run_folder / "control", self.run_id, self.regularizer, self.limits)
+        self._begun = True
+        if self._kept:
+            self.load_state_dict(self._kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as plain JSON-able values."""
+        if not self._begun:
+            return self._kept
+        return {"kss": self.regularizer.state_dict(), "control": self.follower.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was returned, at once or as soon as there is a model."""
+        self._kept = {} if self._begun else state_dict
+        if self._begun and state_dict:
+            self.regularizer.load_state_dict(state_dict["kss"])
+            self.follower.load_state_dict(state_dict["control"])
+
+    def profile_due(self, step: int) -> bool:
+        """Whether a profile is wanted of the weights after this many updates."""
+        return self._every > 0 and step % self._every == 0 and step != self._profiled
+
+    def profile(
+        self,
+        model: nn.Module,
+        step: int,
+        *,
+        first: bool,
+        loss: SupportsFloat | None = None,
+        gradient_norm: SupportsFloat | None = None,
+    ) -> None:
+        """Write a profile of the probe; trouble in it is logged, and never stops the run.
+
+        Every process calls this. The ``first`` one writes; the others help where the weights are sharded over them.
+        """
+        self._profiled = step
+        if not first and not _sharded(model):
+            return
+        try:
+            assert self._probe is not None  # noqa: S101 - said in __init__
+            profile = profile_model(model, self._probe, **self._profile_options)
+            if first:
+                writer = ProfileWriter(self.run_folder, every=self._every)
+                writer.write(profile, step, loss=loss, gradient_norm=gradient_norm)
+        except Exception as error:  # noqa: BLE001 - a run of days is worth more than a profile of it
+            _log.warning("no profile at step %d: %s", step, error)
+
+
+def log_figures(regularizer: KSSRegularizer, term: Tensor | None) -> dict[str, float]:
+    """Return what a trainer's log says about KSS: weight, last weighted term (0 for none), layers without a term."""
+    return {
+        "kss_weight": regularizer.settings.alpha,
+        "kss_term": 0.0 if term is None else float(term),
+        "kss_skipped_layers": float(regularizer.skipped_layers),
+    }
+
+
+def _sharded(model: nn.Module) -> bool:
+    """Whether a forward pass needs all processes: FSDP2 or tensor parallel (DTensor), DeepSpeed ZeRO-3, FSDP1."""
+    by_parameter = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
+    return by_parameter or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
