@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT))
 from rksp_core.control import ControlListener, ControlWriter  # noqa: E402
 from rksp_core.orders import KSSSettings, Reason  # noqa: E402
 from training.config import read_config  # noqa: E402
-from training.loop import advance  # noqa: E402
 from training.ranks import Ranks  # noqa: E402
 from training.run import build_run  # noqa: E402
+from training.step import advance  # noqa: E402
 
 TARGET = 20e-6
 

@@ -202,7 +202,7 @@ class ControlListener:
         self._order_path = str(self.folder / ORDER_FILE)
         self._signature: tuple[int, int, int] | None = None
         self._active = Levers()
-        self._active_generation = 0
+        self._active_generation = self._obeyed = 0
         self._highest, self._ended = self._acknowledged()
         self._pending_expiry: tuple[float, Desired] | None = None
 
@@ -241,9 +241,19 @@ class ControlListener:
         """
         if status == "applied":
             self._active, self._active_generation = desired.levers, desired.generation
+            self._obeyed = desired.generation
             if desired.expired:
                 status, message = "expired", message or "the order's time is over: KSS is off"
         self._answer(desired.generation, step, status, message)
+
+    def restore(self, desired: Desired) -> None:
+        """Go on with the order that held when the checkpoint was written from which a trainer resumes.
+
+        Its time runs on. The order in the folder, the same one or a newer one, is obeyed at the next `poll` as ever.
+        """
+        self._active, self._active_generation = desired.levers, desired.generation
+        if desired.expires_at is not None and not desired.expired:
+            self._pending_expiry = seconds(desired.expires_at), desired
 
     @property
     def active(self) -> tuple[int, KSSSettings]:
@@ -291,8 +301,8 @@ class ControlListener:
     def _refusal(self, desired: Desired) -> str | None:
         if desired.run_id != self.run_id:
             return f"the order is for run {desired.run_id!r}, this is run {self.run_id!r}"
-        if desired.generation < self._highest or desired.generation == self._active_generation:
-            return f"generation {desired.generation} is not newer than {max(self._highest, self._active_generation)}"
+        if desired.generation < self._highest or desired.generation == self._obeyed:
+            return f"generation {desired.generation} is not newer than {max(self._highest, self._obeyed)}"
         return None
 
     def _answer(self, generation: int, step: int, status: str, message: str) -> None:

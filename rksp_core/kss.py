@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,12 +28,9 @@ from rksp_core.batch import token_mask
 from rksp_core.capture import Block, find_blocks, stream_of, stream_out, uncompiled
 from rksp_core.dmd import leading_directions
 from rksp_core.moments import ROUNDING
-from rksp_core.orders import KSSSettings
+from rksp_core.orders import VARIANTS, KSSSettings, Variant
 from rksp_core.spectrum import LOWER, UPPER
 from rksp_core.untouched import as_written
-
-Variant = Literal["paper", "hinge"]
-VARIANTS: tuple[Variant, ...] = ("paper", "hinge")
 
 TEMPERATURE = 20.0
 RANK = 32
@@ -184,7 +181,7 @@ class KSSRegularizer:
     alpha, interval, layer_fraction, gamma
         As in `rksp_core.KSSSettings`; `configure` changes them later.
     rank, samples, beta, variant
-        r modes from at most N token states; see `kss_loss`.
+        r modes from at most N token states; see `kss_loss`. An order may set another variant.
     blocks
         Glob or globs, as for `rksp_core.find_blocks`; None finds them.
     seed
@@ -244,8 +241,7 @@ class KSSRegularizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain JSON-able values."""
-        settings = {name: getattr(self.settings, name) for name in ("alpha", "interval", "layer_fraction", "gamma")}
-        return {"steps": self.steps, "skipped_layers": self.skipped_layers, "settings": settings}
+        return {"steps": self.steps, "skipped_layers": self.skipped_layers, "settings": asdict(self.settings)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
@@ -355,7 +351,8 @@ class KSSRegularizer:
             x, y = x @ basis, y @ basis
             with torch.enable_grad():
                 gram, cross = self._sum(torch.stack([x.T @ x, x.T @ y])).requires_grad_()
-                loss = _penalty(gram, cross, self.settings.gamma, self._beta, self._variant)
+                variant = self.settings.variant or self._variant
+                loss = _penalty(gram, cross, self.settings.gamma, self._beta, variant)
                 by_gram, by_cross = torch.autograd.grad(loss, (gram, cross))
         except (torch.linalg.LinAlgError, ValueError):  # type: ignore[attr-defined]
             return None

@@ -1,7 +1,7 @@
 """``python -m training CONFIG.yaml``: train one model, or go on with a run that was interrupted.
 
-Exit codes: 0 the run finished, or stopped cleanly on SIGTERM or --until (``--resume`` goes on with it); 2 usage or
-configuration error; 4 the run diverged (label ``rksp`` of `training.labels`), which is a finding and no crash.
+Exit codes: 0 the run finished, or stopped cleanly on SIGTERM, SIGUSR1 or --until (``--resume`` goes on with it); 2
+usage or configuration error; 4 the run diverged (label ``rksp`` of `training.labels`), which is a finding and no crash.
 An unknown error keeps Python's traceback and exit code 1.
 """
 
@@ -63,7 +63,8 @@ def _train(config: Config, *, resume: bool, until: int | None) -> int:
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)  # on a GPU; the CPU's are deterministic anyway
     stopping = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # the second one is what Slurm sends before the time is over
+        signal.signal(number, lambda *_: stopping.set())
     ranks = join(config.device)
     try:
         result = train(config, ranks, resume=resume, until=until, stop=stopping.is_set, say=_say)

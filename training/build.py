@@ -1,25 +1,40 @@
-"""From a configuration to live parts: the model that its factory makes, the task, the optimizer, the rate of a step."""
+"""From a configuration to live parts: the model that its factory makes, the task, the rate of a step."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import math
+import shutil
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from rksp_core import find_blocks
 from rksp_core.errors import ConfigError
-from training import config as schema
+from training.config import Config, Model, Schedule
 from training.names import nearest, unknown_key
-from training.schema.optimizer import Optimizer
 from training.schema.task import Task as TaskSection
+from training.stabilizers import apply_parametrizations
 from training.tasks import Task
 from training.tasks.associative_recall import AssociativeRecall
+from training.tasks.images import Images
+from training.tasks.synthetic_lm import SyntheticLM
+from training.tasks.text import Text
+
+# Each takes the settings of its section as they are named there.
+TASKS: dict[str, Callable[..., Task]] = {
+    "associative_recall": AssociativeRecall,
+    "synthetic_lm": SyntheticLM,
+    "text": Text,
+    "images": Images,
+}
 
 
-def build_model(model: schema.Model, seed: int) -> nn.Module:
+def build_model(model: Model, seed: int) -> nn.Module:
     """Import the factory and call it with its arguments, torch seeded with ``seed``.
 
     Raises
@@ -43,29 +58,40 @@ def build_model(model: schema.Model, seed: int) -> nn.Module:
     return module
 
 
+def prepare_model(config: Config, model: nn.Module) -> nn.Module:
+    """Give a fresh model what the configuration asks for; its parameters keep their names where they stay plain.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be had.
+    """
+    if config.precision == "float64":
+        model = model.double()
+    apply_parametrizations(config.stabilizers, model)
+    if config.activation_checkpointing:
+        for block in find_blocks(model):
+            # the forward itself, not a wrapping module: names stay, and hooks of the block stay outside
+            block.module.forward = functools.partial(checkpoint, block.module.forward, use_reentrant=False)
+    if config.compile:
+        if next(model.parameters()).device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            raise ConfigError("compile: true needs a C++ compiler on a CPU, and none is on the path; install g++")
+        model.compile()
+    return model
+
+
 def build_task(task: TaskSection, seed: int) -> Task:
-    """Return the task; its batches depend on ``seed`` and the step only."""
-    return AssociativeRecall(task.vocabulary, task.length, task.pairs, seed)
+    """Return the task; its batches depend on ``seed`` and the step only.
+
+    Raises
+    ------
+    ConfigError
+        When its settings contradict each other, or its data is not there.
+    """
+    return TASKS[task.name](**task.model_dump(exclude={"name", "batch"}), seed=seed)
 
 
-def build_optimizer(optimizer: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """Return AdamW over all parameters; those with fewer than two dimensions do not decay."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optimizer.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    # fused: one pass over each tensor; 0.5 ms a step instead of 2.9 ms at width 64, depth 4 on one core
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=optimizer.learning_rate,
-        betas=optimizer.betas,
-        eps=optimizer.epsilon,
-        fused=True,
-    )
-
-
-def learning_rate(peak: float, schedule: schema.Schedule, step: int, steps: int) -> float:
+def learning_rate(peak: float, schedule: Schedule, step: int, steps: int) -> float:
     """Return the rate of update ``step``, 1..steps: a linear rise to ``peak`` at ``warmup``, then the schedule."""
     if step < schedule.warmup:
         return peak * step / schedule.warmup

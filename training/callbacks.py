@@ -1,46 +1,25 @@
-"""What happens around a step: the log, the profiles, the checkpoints, and the orders of a monitor.
+"""What happens around a step: the log, the profiles, the checkpoints.
 
-Rank 0 acts. Nothing here changes the numbers of the run but an order, which is meant to.
+Nothing here changes the numbers of the run. Every process takes part, as sharded weights need all of them; rank 0
+writes and speaks.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
-from rksp_core import ControlListener, KSSRegularizer, KSSSettings, ProfileWriter, profile_model
+from rksp_core import ProfileWriter, profile_model
 from rksp_core.atomic import write_atomic
-from rksp_core.errors import ConfigError
-from rksp_core.orders import Desired
-from training.checkpoint import keep_newest, save_checkpoint
-from training.config import Config
-from training.ranks import Ranks
+from training.checkpoint import CheckpointWriter
 from training.run import Run
+from training.step import Record, autocast
 
 Say = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One step: the task loss, the gradient norm before clipping, the rate, and KSS (weight, weighted term)."""
-
-    step: int
-    loss: float
-    gradient_norm: float
-    learning_rate: float
-    kss_weight: float
-    kss_term: float
-    kss_skipped_layers: int
-
-    def to_dict(self) -> dict[str, float | None]:
-        """Return strict JSON; a number that is not finite becomes null."""
-        return {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(self).items()}
 
 
 class Observer(Protocol):
@@ -86,17 +65,23 @@ class Profiles:
     """Profiles the model on the fixed probe every so many steps; the model and the random state stay as they are."""
 
     def __init__(self, run: Run, probe: Tensor, say: Say) -> None:
-        self._writer = ProfileWriter(run.config.output, every=run.config.profile.every)
-        self._probe, self._say = probe, say
+        every = run.config.profile.every
+        self._writer = ProfileWriter(run.config.output, every=every if run.ranks.first else 0)
+        self._every, self._probe, self._say = every, probe, say
+        # A shard is no model: there all processes run the probe, and rank 0 keeps the profile.
+        self._together = run.ranks.size > 1 and run.config.parallel == "fsdp"
 
     def after(self, run: Run, record: Record | None) -> None:
         """Write a profile when one is due; trouble in it is said, and never stops the run."""
-        if run.diverged or not self._writer.due(run.step):
+        due = self._every > 0 and run.step % self._every == 0
+        if run.diverged or not due or not (run.ranks.first or self._together):
             return
         loss, norm = (None, None) if record is None else (record.loss, record.gradient_norm)
         try:
-            profile = profile_model(run.model, self._probe, samples=run.config.profile.samples)
-            self._writer.write(profile, run.step, loss=loss, gradient_norm=norm)
+            with autocast(run):
+                profile = profile_model(run.model, self._probe, samples=run.config.profile.samples)
+            if run.ranks.first:
+                self._writer.write(profile, run.step, loss=loss, gradient_norm=norm)
         except Exception as error:  # noqa: BLE001 - a run of days is worth more than a profile of it
             self._say(f"no profile at step {run.step}: {error}")
 
@@ -108,77 +93,29 @@ class Checkpoints:
     """Writes a checkpoint before the first step, every so many steps, and at the end of a run that did not diverge."""
 
     def __init__(self, run: Run) -> None:
-        self._folder, self._settings = Path(run.config.output) / "checkpoints", run.config.checkpoint
+        self._settings = run.config.checkpoint
         self._record: Record | None = None
+        self._writer = CheckpointWriter(Path(run.config.output) / "checkpoints", run.config.checkpoint, run.ranks)
 
     def after(self, run: Run, record: Record | None) -> None:
         """Write one when it is due."""
         self._record = record
+        self._writer.settle()
         if self._settings.every and run.step % self._settings.every == 0:
-            self.end(run)
+            self._write(run)
 
     def end(self, run: Run) -> None:
         """Write the last one; the state of a diverged run is not worth going on with."""
+        self._write(run)
+        self._writer.finish()
+
+    def _write(self, run: Run) -> None:
         if run.diverged or not self._settings.every:
             return
         description = {
             "run_id": run.config.run_id,
             "metrics": None if self._record is None else self._record.to_dict(),
             "config": run.config.model_dump(mode="json"),
+            "state": run.state(),
         }
-        save_checkpoint(self._folder, run.step, run.model.state_dict(), run.state(), description)
-        if self._settings.keep_last is not None:
-            keep_newest(self._folder, self._settings.keep_last)
-
-
-class Control:
-    """Obeys the orders of a monitor: rank 0 reads, all processes apply at the same boundary, rank 0 acknowledges.
-
-    An answer that cannot be written is said, and never stops the run; only a folder that cannot be made is an error.
-    """
-
-    def __init__(self, config: Config, ranks: Ranks, regularizer: KSSRegularizer, say: Say) -> None:
-        self._ranks, self._every, self._regularizer, self._say = ranks, config.control.every, regularizer, say
-        self._listener = None
-        if ranks.first:
-            folder = config.control_folder
-            try:
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(
-                    f"cannot make the control folder {folder} ({error.strerror}); change control.folder"
-                ) from error
-            self._listener = ControlListener(folder, config.run_id)
-
-    def obey(self, step: int, *, stop: bool) -> bool:
-        """Apply an order that has come since the last boundary; return whether rank 0 wants to stop.
-
-        ``step`` counts the updates made so far. Where there are several processes, this costs one broadcast.
-        """
-        desired = self._poll(step) if step % self._every == 0 else None
-        if self._ranks.size == 1 and desired is None:
-            return stop
-        kss = desired.kss if desired is not None else KSSSettings()
-        agreed_stop, changed, alpha, interval, layer_fraction, gamma = self._ranks.from_first(
-            [stop, desired is not None, kss.alpha, kss.interval, kss.layer_fraction, kss.gamma]
-        )
-        if changed:
-            self._regularizer.configure(KSSSettings(alpha, int(interval), layer_fraction, gamma))
-        if desired is not None:
-            self._acknowledge(desired, step)
-        return bool(agreed_stop)
-
-    def _poll(self, step: int) -> Desired | None:
-        try:
-            return None if self._listener is None else self._listener.poll(step)
-        except OSError as error:
-            self._say(f"step {step:6d}  an order was refused, and the answer cannot be written: {error}")
-            return None
-
-    def _acknowledge(self, desired: Desired, step: int) -> None:
-        self._say(f"step {step:6d}  order {desired.generation}: KSS weight {desired.kss.alpha:g}")
-        try:
-            if self._listener is not None:
-                self._listener.acknowledge(desired, step)
-        except OSError as error:
-            self._say(f"step {step:6d}  the answer cannot be written: {error}")
+        self._writer.write(run.step, run.model, run.optimizer, description)

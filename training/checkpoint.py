@@ -1,12 +1,18 @@
 """Checkpoints that appear complete in one rename, and what a bitwise exact resume needs beside the weights.
 
     checkpoints/step-00000100/
-        model.safetensors     the weights; all that a monitor reads
-        checkpoint.json       schema, run_id, step, metrics of the last step, configuration
-        training_state.pt     optimizer, random state, KSS, divergence labels; plain data (weights_only=True loads it)
+        checkpoint.json       schema, run_id, step, metrics of the last step, configuration, state (KSS, labels, levers)
+      and, by ``checkpoint.format``,
+        model.safetensors     safetensors: the weights; all that a monitor reads
+        model.pt              pt: {"model": weights}, for ``torch.load(weights_only=True)``
+        training_state.pt     both: the optimizer, and weights as they are trained where that is another form
+        .metadata, *.distcp   dcp: "model" and "optimizer" by `torch.distributed.checkpoint`, a shard a process
 
 The folder is filled under a name that starts with a dot, every file is synced, then it is renamed: whoever sees
-``step-00000100`` sees all of it.
+``step-00000100`` sees all of it. Every process must call `CheckpointWriter.write`: sharded weights are gathered.
+
+A run resumes from its own checkpoints only: DCP reads its ``.metadata`` by unpickling it, so do not put a stranger's
+there. (`rksp watch` reads it with an unpickler that knows nothing else.)
 """
 
 from __future__ import annotations
@@ -14,52 +20,134 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, distributed, nn
 
 from rksp_core.errors import CheckpointError
+from training.config import Checkpoint
+from training.ranks import Ranks
+from training.stabilizers import parametrized, plain_state_dict
 
-SCHEMA = "rksp.checkpoint/1"
-WEIGHTS, DESCRIPTION, STATE = "model.safetensors", "checkpoint.json", "training_state.pt"
+SCHEMA = "rksp.checkpoint/2"
+DESCRIPTION, STATE = "checkpoint.json", "training_state.pt"
+WEIGHTS = {"safetensors": "model.safetensors", "pt": "model.pt"}
 
 
-def save_checkpoint(
-    folder: Path, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any], description: Mapping[str, Any]
-) -> Path:
-    """Write ``folder/step-<step>`` and return it; a checkpoint of that step that is already there stays.
+class CheckpointWriter:
+    """Writes the checkpoints of a run, and removes those that are not kept.
 
-    ``state`` holds tensors, numbers, strings and containers of them; ``description`` is JSON.
-
-    Raises
-    ------
-    CheckpointError
-        When it cannot be written.
+    Parameters
+    ----------
+    folder
+        ``checkpoints/`` of the run.
+    settings
+        Format, retention, and whether the writing goes on beside the training.
     """
-    target = folder / f"step-{step:08d}"
-    staging = folder / f".step-{step:08d}.tmp"
-    if target.exists():
-        return target
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, staging / WEIGHTS)
+
+    def __init__(self, folder: Path, settings: Checkpoint, ranks: Ranks) -> None:
+        self._folder, self._settings, self._ranks = folder, settings, ranks
+        self._pending: tuple[Future[Any], Path, dict[str, Any]] | None = None
+        # Shards are written from a thread, whose messages must not meet those of the training.
+        self._group = distributed.new_group(backend="gloo") if settings.format == "dcp" and ranks.size > 1 else None
+
+    def write(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, description: Mapping[str, Any]
+    ) -> None:
+        """Write ``step-<step>``, or begin to; a checkpoint of that step that is already there stays.
+
+        ``description`` is JSON.
+
+        Raises
+        ------
+        CheckpointError
+            When it cannot be written.
+        """
+        self.finish()
+        target, staging = self._folder / f"step-{step:08d}", self._folder / f".step-{step:08d}.tmp"
+        if target.exists():
+            self._ranks.wait()
+            return
+        document = {"schema": SCHEMA, "step": step, "format": self._settings.format, **description}
+        try:
+            if self._ranks.first:
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+            self._ranks.wait()
+            if self._settings.format == "dcp":
+                self._write_shards(staging, model, optimizer, document)
+                return
+            if _sharded(model) or self._ranks.first:
+                weights, state = _whole(model, optimizer)
+            if self._ranks.first:
+                self._write_files(staging, weights, state)
+                _publish(staging, document)
+        except OSError as error:
+            raise _failed(target, error) from error
+        self._retain()
+
+    def settle(self) -> None:
+        """Publish a checkpoint that has been written meanwhile. DCP is done on rank 0 when it is done everywhere."""
+        if self._pending is not None and self._ranks.first and self._pending[0].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is still being written, and publish it.
+
+        Raises
+        ------
+        CheckpointError
+            When it could not be written.
+        """
+        if self._pending is None:
+            return
+        future, staging, document = self._pending
+        self._pending = None
+        try:
+            future.result()
+            if self._ranks.first:
+                _publish(staging, document)
+        except Exception as error:
+            raise _failed(staging, error) from error
+        self._retain()
+
+    def _write_files(self, staging: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        path = staging / WEIGHTS[self._settings.format]
+        if self._settings.format == "pt":
+            torch.save({"model": dict(weights)}, path)
+        else:
+            save_file(_unshared(weights), path)
         torch.save(dict(state), staging / STATE)
-        document = {"schema": SCHEMA, "step": step, **description}
-        (staging / DESCRIPTION).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        for path in (*staging.iterdir(), staging):
-            _sync(path)
-        staging.rename(target)
-        _sync(folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write the checkpoint {target} ({error.strerror or error}); free some space or change output"
-        ) from error
-    return target
+
+    def _write_shards(
+        self, staging: Path, model: nn.Module, optimizer: torch.optim.Optimizer, document: dict[str, Any]
+    ) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        content = _shards(model, optimizer)
+        _one_process_is_fine()
+        future = dcp.async_save(content, checkpoint_id=staging, process_group=self._group)
+        self._pending = (future, staging, document)
+        if not self._settings.asynchronous:
+            self.finish()
+
+    def _retain(self) -> None:
+        """Remove what is not kept; each vanishes in one rename before it is deleted."""
+        if not self._ranks.first or self._settings.keep_last is None:
+            return
+        for checkpoint in checkpoints(self._folder)[: -self._settings.keep_last]:
+            if self._settings.keep_every and step_of(checkpoint) % self._settings.keep_every == 0:
+                continue
+            leaving = checkpoint.with_name(f".{checkpoint.name}.removed")
+            shutil.rmtree(leaving, ignore_errors=True)
+            checkpoint.rename(leaving)
+            shutil.rmtree(leaving, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -72,30 +160,112 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def load_checkpoint(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the weights and the training state, on the CPU.
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Bring model and optimizer to where the checkpoint was written, and return its ``state``.
 
     Raises
     ------
     CheckpointError
-        When a file is missing or damaged.
+        When a file is missing or damaged, or it is of another model.
     """
     try:
-        state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
-        return load_file(checkpoint / WEIGHTS), state
+        document = json.loads((checkpoint / DESCRIPTION).read_text(encoding="utf-8"))
+        if document["schema"] != SCHEMA:
+            raise ValueError(f"it has schema {document['schema']!r}, expected {SCHEMA!r}")
+        if document["format"] == "dcp":
+            _load_shards(checkpoint, model, optimizer)
+        else:
+            state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
+            weights = state["weights"] if "weights" in state else _load_weights(checkpoint, document["format"])
+            _restore_whole(model, optimizer, weights, state["optimizer"])
+        return dict(document["state"])
     except Exception as error:
         raise CheckpointError(
-            f"cannot resume from {checkpoint} ({type(error).__name__}); remove it to resume from the one before"
+            f"cannot resume from {checkpoint} ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
+            "remove it to resume from the one before"
         ) from error
 
 
-def keep_newest(folder: Path, count: int) -> None:
-    """Remove all but the ``count`` newest checkpoints; each vanishes in one rename before it is deleted."""
-    for checkpoint in checkpoints(folder)[:-count]:
-        leaving = checkpoint.with_name(f".{checkpoint.name}.removed")
-        shutil.rmtree(leaving, ignore_errors=True)
-        checkpoint.rename(leaving)
-        shutil.rmtree(leaving, ignore_errors=True)
+def _load_weights(checkpoint: Path, form: str) -> dict[str, Tensor]:
+    path = checkpoint / WEIGHTS[form]
+    if form == "safetensors":
+        return load_file(path)
+    weights: dict[str, Tensor] = torch.load(path, weights_only=True, map_location="cpu")["model"]
+    return weights
+
+
+def _sharded(model: nn.Module) -> bool:
+    return hasattr(model, "set_requires_gradient_sync")  # FSDP2
+
+
+def _whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the weights that a monitor reads, and the training state; where they are sharded, on rank 0 only."""
+    if _sharded(model):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, state = get_state_dict(model, optimizer, options=options)
+        return weights, {"optimizer": state}
+    plain = {name: tensor.detach().cpu() for name, tensor in plain_state_dict(model).items()}
+    own = {"weights": model.state_dict()} if parametrized(model) else {}
+    return plain, {"optimizer": optimizer.state_dict(), **own}
+
+
+def _unshared(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights with a copy of those that are tied to another, which safetensors does not know."""
+    own: dict[int, Tensor] = {}
+    for tensor in weights.values():
+        own.setdefault(tensor.data_ptr(), tensor)
+    return {name: (t if own[t.data_ptr()] is t else t.clone()).contiguous() for name, t in weights.items()}
+
+
+def _restore_whole(
+    model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], state: dict[str, Any]
+) -> None:
+    if not _sharded(model):
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+    options = StateDictOptions(full_state_dict=True)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
+
+
+def _shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, state = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": state}
+
+
+def _load_shards(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    content = _shards(model, optimizer)
+    _one_process_is_fine()
+    dcp.load(content, checkpoint_id=checkpoint)
+    set_state_dict(model, optimizer, model_state_dict=content["model"], optim_state_dict=content["optimizer"])
+
+
+def _one_process_is_fine() -> None:
+    """Let DCP not warn that it runs without other processes; for good, as it warns from threads of its own too."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def _publish(staging: Path, document: Mapping[str, Any]) -> None:
+    (staging / DESCRIPTION).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    for path in (*staging.iterdir(), staging):
+        _sync(path)
+    target = staging.with_name(staging.name.removeprefix(".").removesuffix(".tmp"))
+    staging.rename(target)
+    _sync(target.parent)
+
+
+def _failed(path: Path, error: Exception) -> CheckpointError:
+    reason = getattr(error, "strerror", None) or error
+    return CheckpointError(f"cannot write the checkpoint {path} ({reason}); free some space or change output")
 
 
 def _sync(path: Path) -> None:

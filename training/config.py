@@ -19,6 +19,9 @@ from training.schema.section import Count, NotNegative, Section, Whole
 from training.schema.stabilizers import Stabilizers
 from training.schema.task import AssociativeRecall, Task
 
+Range = tuple[NotNegative, NotNegative]
+WholeRange = tuple[Count, Count]
+
 # The section that a mapping without a ``name`` is.
 DEFAULT_NAMES = {"task": AssociativeRecall, "optimizer": AdamW}
 
@@ -39,20 +42,40 @@ class Schedule(Section):
 
 
 class KSS(Section):
-    """Koopman spectral shaping (Kim et al. 2026, Eq. 14-15); alpha 0 is off until an order switches it on."""
+    """Koopman spectral shaping (Kim et al. 2026, Eq. 14-15); alpha 0 is off until an order switches it on.
+
+    ``rank`` and ``samples``: r modes from at most N token states; ``beta`` weighs the near-unit term.
+    """
 
     alpha: NotNegative = 0.0
     interval: Count = 10
     layer_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.4
     variant: Literal["paper", "hinge"] = "paper"
+    rank: Count = 32
+    samples: Annotated[int, Field(ge=2, strict=True)] = 2048
+    beta: NotNegative = 1.0
 
 
 class Checkpoint(Section):
-    """A checkpoint every so many steps (0: none), the newest ``keep_last`` of them kept (null: all)."""
+    """A checkpoint every so many steps (0: none).
+
+    ``format``: ``safetensors`` or ``pt`` hold whole weights; ``dcp`` (`torch.distributed.checkpoint`) is written by all
+    processes, each its shard, and ``asynchronous`` ly beside the training if wanted. Kept are the newest ``keep_last``
+    (null: all) and every one whose step is a multiple of ``keep_every``.
+    """
 
     every: Whole = 100
+    format: Literal["safetensors", "pt", "dcp"] = "safetensors"
+    asynchronous: bool = False
     keep_last: Count | None = None
+    keep_every: Count | None = None
+
+    @model_validator(mode="after")
+    def _only_dcp_is_asynchronous(self) -> Checkpoint:
+        if self.asynchronous and self.format != "dcp":
+            raise ValueError(f"checkpoint.asynchronous needs checkpoint.format: dcp, got {self.format}")
+        return self
 
 
 class Profile(Section):
@@ -63,15 +86,59 @@ class Profile(Section):
     sequences: Count = 32
 
 
+class Limits(Section):
+    """What an order may set, [least, most]; one outside is rejected. null for the last two: no order may touch them."""
+
+    alpha: Range = (0.0, 1.0)
+    interval: WholeRange = (1, 1000)
+    layer_fraction: Range = (0.01, 1.0)
+    gamma: Range = (0.0, 1.0)
+    variants: tuple[Literal["paper", "hinge"], ...] = ("paper", "hinge")
+    clip: Range | None = (0.01, 100.0)
+    learning_rate_scale: Range | None = (0.01, 1.0)
+
+
 class Control(Section):
-    """Where orders come from (null: ``<output>/control``), read every so many steps."""
+    """Where orders come from (null: ``<output>/control``), read every so many steps, and what they may ask for."""
 
     folder: str | None = None
     every: Count = 1
+    limits: Limits = Limits()
+
+
+class Prometheus(Section):
+    """Serve the figures of the last step at ``http://address:port/metrics``."""
+
+    address: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, strict=True)] = 9110
+
+
+class WandB(Section):
+    """Weights and Biases; ``offline`` writes below the run folder and sends nothing."""
+
+    project: str = "rksp"
+    mode: Literal["offline", "online"] = "offline"
+
+
+class Metrics(Section):
+    """Where the figures of each step go beside ``metrics.jsonl``.
+
+    ``kss_ratio_every``: at every so many KSS terms the norm of its gradient is measured beside that of the task (0:
+    never); it costs one more backward pass.
+    """
+
+    kss_ratio_every: Whole = 10
+    prometheus: Prometheus | None = None
+    tensorboard: bool = False
+    wandb: WandB | None = None
 
 
 class Config(Section):
-    """One run."""
+    """One run.
+
+    ``precision``: ``bfloat16`` computes forward passes in it (autocast) and keeps weights in float32. ``accumulation``:
+    micro-batches a step. ``parallel``: how several processes of ``torchrun`` share the work; one process needs neither.
+    """
 
     run_id: str = Field(min_length=1)
     output: str = Field(min_length=1)
@@ -79,6 +146,11 @@ class Config(Section):
     steps: Count = 1000
     device: str = "auto"
     threads: Count = 1
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    accumulation: Count = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     print_every: Count = 10
     model: Model
     task: Task
@@ -89,6 +161,7 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     profile: Profile = Profile()
     control: Control = Control()
+    metrics: Metrics = Metrics()
 
     @model_validator(mode="before")
     @classmethod
@@ -114,6 +187,15 @@ class Config(Section):
             limit, wanted = self.model.arguments.get(name), getattr(self.task, name)
             if isinstance(limit, int) and isinstance(wanted, int) and wanted > limit:
                 raise ValueError(f"task.{name} = {wanted} is more than the model's {limit}")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_can_be_had(self) -> Config:
+        """FSDP2 replaces parameters by shards, which neither parametrizations nor second derivatives take."""
+        wrong = ("spectral_norm", "weight_norm", "gradient_penalty", "jacobian") if self.parallel == "fsdp" else ()
+        for name in wrong:
+            if getattr(self.stabilizers, name) is not None:
+                raise ValueError(f"stabilizers.{name} cannot be had with parallel: fsdp; choose parallel: ddp")
         return self
 
     @property

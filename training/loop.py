@@ -1,9 +1,4 @@
-"""The training loop.
-
-Every random number of a step is a function of (seed, step): batches come from counted streams, and torch is seeded
-anew at each step. So a resumed run is bitwise the run that was never interrupted, and observers, whatever they draw,
-change nothing.
-"""
+"""The training loop: steps, observers around them, orders at their boundaries, and what is said at the end."""
 
 from __future__ import annotations
 
@@ -14,20 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
-
 from rksp_core.atomic import write_atomic
 from rksp_core.untouched import evaluating
-from training.build import learning_rate
-from training.callbacks import Checkpoints, Control, MetricsLog, Observer, Profiles, Record, Say
+from training.callbacks import Checkpoints, MetricsLog, Observer, Profiles, Say
 from training.config import Config
-from training.labels import judge
+from training.control import Control
+from training.exporters import exporters
 from training.ranks import Ranks
 from training.run import Run, build_run
 from training.run_folder import newest_checkpoint, open_folder, write_probe
-from training.tasks import EVALUATION, PROBE, TRAINING
+from training.step import advance, autocast
+from training.tasks import EVALUATION, PROBE
 
 EVALUATED_SEQUENCES = 512
 
@@ -63,13 +55,13 @@ def train(
     if checkpoint is not None:
         run.restore(checkpoint)
         say(f"resumed from step {run.step}")
-    control = Control(config, ranks, run.regularizer, say)
-    observers = _observers(run, say) if ranks.first else []
+    control = Control(run, say)
+    observers = _observers(run, say)
     began, last = time.perf_counter(), config.steps if until is None else min(until, config.steps)
     if checkpoint is None:
         for observer in observers:
             observer.after(run, None)
-    while run.step < last and not run.diverged and not control.obey(run.step, stop=stop()):
+    while run.step < last and not run.diverged and not control.obey(stop=stop()):
         record = advance(run)
         for observer in observers:
             observer.after(run, record)
@@ -81,52 +73,9 @@ def train(
     return result
 
 
-def advance(run: Run) -> Record:
-    """Make one step; when the run diverges in it, the weights stay as they are."""
-    config, step = run.config, run.step + 1
-    seed_step(config.seed, step, run.ranks)
-    batch = run.batch(TRAINING, step, config.task.batch)
-    with run.regularizer:
-        loss = run.task.loss(run.parallel(batch.inputs), batch.targets)
-    term = run.regularizer.term()
-    run.optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss + term)
-    parameters = [parameter for parameter in run.model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    record = Record(
-        step=step,
-        loss=run.ranks.mean(loss),
-        gradient_norm=float(norm),
-        learning_rate=learning_rate(config.optimizer.learning_rate, config.schedule, step, config.steps),
-        kss_weight=run.regularizer.settings.alpha,
-        kss_term=run.ranks.mean(term),
-        kss_skipped_layers=run.regularizer.skipped_layers,
-    )
-    run.labels = judge(run.labels, step, record.loss, record.gradient_norm)
-    if not run.diverged:
-        if config.stabilizers.clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, config.stabilizers.clip, norm)
-        for group in run.optimizer.param_groups:
-            group["lr"] = record.learning_rate
-        run.optimizer.step()
-        run.step = step
-    return record
-
-
-def seed_step(seed: int, step: int, ranks: Ranks) -> None:
-    """Seed the random state that a model may draw from (dropout, say) as a function of seed, step and process."""
-    state = int(np.random.SeedSequence([seed, step, ranks.rank]).generate_state(1)[0])
-    torch.default_generator.manual_seed(state)  # `torch.manual_seed` asks after every kind of device: 0.2 ms a step
-    if ranks.device.type == "cuda":
-        torch.cuda.manual_seed(state)
-
-
 def conclude(run: Run, *, seconds: float) -> dict[str, Any]:
     """Evaluate the run on held-out sequences and say how it ended."""
-    held_out = run.task.batch(EVALUATION, 0, EVALUATED_SEQUENCES)
-    with evaluating(run.model):
-        logits = run.model(held_out.inputs.to(run.ranks.device)).cpu()
-    loss = float(run.task.loss(logits, held_out.targets))
+    loss, accuracy = evaluate(run)
     return {
         "schema": "rksp.result/1",
         "run_id": run.config.run_id,
@@ -135,18 +84,35 @@ def conclude(run: Run, *, seconds: float) -> dict[str, Any]:
         "horizon": run.config.steps,
         "diverged_at": {"paper": run.labels.paper, "rksp": run.labels.rksp},
         "loss": loss if math.isfinite(loss) else None,
-        "accuracy": float(run.task.accuracy(logits, held_out.targets)),
+        "accuracy": accuracy,
         "evaluated_sequences": EVALUATED_SEQUENCES,
         "kss_skipped_layers": run.regularizer.skipped_layers,
         "seconds": round(seconds, 3),
     }
 
 
+def evaluate(run: Run) -> tuple[float, float]:
+    """Return loss and accuracy on held-out examples, a batch of the run's size at a time."""
+    held_out = run.task.batch(EVALUATION, 0, EVALUATED_SEQUENCES)
+    parts = list(zip(*(part.split(run.config.task.batch) for part in held_out), strict=True))
+    loss = accuracy = 0.0
+    with evaluating(run.model), autocast(run):
+        for inputs, targets in parts:
+            logits, labels = run.model(inputs.to(run.ranks.device)), targets.to(run.ranks.device)
+            share = len(inputs) / EVALUATED_SEQUENCES
+            loss += share * float(run.task.loss(logits, labels))
+            accuracy += share * float(run.task.accuracy(logits, labels))
+    return loss, accuracy
+
+
 def _observers(run: Run, say: Say) -> list[Observer]:
-    """Return what rank 0 writes after each step; the checkpoint comes last: what it stands for is on disk by then."""
+    """Return what acts after each step; the checkpoint comes last: what it stands for is on disk by then."""
     probe = run.task.batch(PROBE, 0, run.config.profile.sequences).inputs
+    together: list[Observer] = [Profiles(run, probe.to(run.ranks.device), say), Checkpoints(run)]
+    if not run.ranks.first:
+        return together
     write_probe(Path(run.config.output), {run.task.inputs_name: probe})
-    return [MetricsLog(run, say), Profiles(run, probe.to(run.ranks.device), say), Checkpoints(run)]
+    return [MetricsLog(run, say), *exporters(run), *together]
 
 
 def _silent(_: str) -> None:

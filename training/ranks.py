@@ -1,18 +1,21 @@
 """One process or several: what the loop needs from `torch.distributed`, and nothing where it runs alone.
 
-Under ``torchrun`` every process sees the same steps; rank 0 decides, writes and speaks.
+Under ``torchrun`` every process sees the same steps; rank 0 decides, writes and speaks. A process takes a contiguous
+share of each batch, so the shares in the order of the ranks are the batch that one process would take.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rksp_core import find_blocks
 from rksp_core.device import choose_device
 
 
@@ -29,23 +32,48 @@ class Ranks:
         """Whether this process decides, writes and speaks."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Average the gradients of all processes in every backward pass."""
-        return model if self.size == 1 else DistributedDataParallel(model)
+    def wrap(self, model: nn.Module, strategy: str) -> nn.Module:
+        """Average the gradients of all processes: ``ddp`` keeps a copy of the model in each, ``fsdp`` (FSDP2) a shard.
+
+        FSDP2 (`torch.distributed.fsdp.fully_shard`) changes the model in place, block by block.
+        """
+        if self.size == 1:
+            return model
+        if strategy == "ddp":
+            return DistributedDataParallel(model)
+        from torch.distributed.fsdp import fully_shard  # a second to import
+
+        mesh = distributed.init_device_mesh(self.device.type, (self.size,))
+        for block in find_blocks(model):
+            fully_shard(block.module, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    def share(self, whole: Tensor) -> Tensor:
+        """Return this process's part of a batch, on its device."""
+        size = len(whole) // self.size
+        return whole[self.rank * size : (self.rank + 1) * size].to(self.device)
 
     def wait(self) -> None:
         """Return when every process has come here."""
         if self.size > 1:
             distributed.barrier()
 
-    def mean(self, value: Tensor) -> float:
-        """Return the mean of a scalar over all processes."""
-        value = value.detach().to(self.device)
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of numbers over all processes."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        distributed.all_reduce(tensor)
+        return tensor.tolist()
+
+    def add_up(self, value: Tensor) -> None:
+        """Replace a tensor by its sum over all processes."""
         if self.size > 1:
-            value = value.clone()
             distributed.all_reduce(value)
-            value /= self.size
-        return float(value)
+
+    def mean(self, *values: Tensor) -> list[float]:
+        """Return the means of scalars over all processes."""
+        return [value / self.size for value in self.sum([float(value.detach()) for value in values])]
 
     def from_first(self, values: Sequence[float]) -> list[float]:
         """Return the numbers that rank 0 holds, on every process."""
@@ -53,7 +81,25 @@ class Ranks:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         distributed.broadcast(tensor, src=0)
-        return [float(value) for value in tensor]
+        return tensor.tolist()
+
+
+@contextmanager
+def synchronized(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Average the gradients over the processes in a backward pass inside the context, or put that off."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+        model.set_requires_gradient_sync(wanted)
+        yield
+    elif isinstance(model, DistributedDataParallel) and not wanted:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return a plain tensor, gathered where it is sharded over the processes."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def join(device: str) -> Ranks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from rksp_core import KSSRegularizer
+from rksp_core import Desired, KSSRegularizer, find_blocks
 from rksp_core.errors import ConfigError
-from training.build import build_model, build_optimizer, build_task
+from rksp_core.orders import Levers
+from training.build import build_model, build_task, prepare_model
 from training.checkpoint import load_checkpoint
 from training.config import Config
 from training.labels import Labels
+from training.optimizers import build_optimizer
 from training.ranks import Ranks
-from training.tasks import Batch, Task
+from training.stabilizers import Penalty, build_penalties
+from training.stabilizers.sam import SAM
+from training.tasks import Task
 
 
 @dataclass
@@ -30,26 +35,29 @@ class Run:
     parallel: nn.Module  # the model, its gradients averaged over the processes
     optimizer: torch.optim.Optimizer
     regularizer: KSSRegularizer
+    penalties: list[Penalty]
+    sam: SAM | None
     step: int = 0
     labels: Labels = field(default_factory=Labels)
+    levers: Levers = field(default_factory=Levers)  # of the order that holds, beside those of the regularizer
+    order: Desired | None = None  # that order itself; rank 0 has it
 
     @property
     def diverged(self) -> bool:
         """Whether the label `rksp` holds."""
         return self.labels.rksp is not None
 
-    def batch(self, stream: int, step: int, size: int) -> Batch:
-        """Return this process's share of a batch, on its device."""
-        share = slice(self.ranks.rank, None, self.ranks.size)
-        return Batch(*(part[share].to(self.ranks.device) for part in self.task.batch(stream, step, size)))
-
     def state(self) -> dict[str, Any]:
-        """Return what a resume needs beside the weights; random numbers are functions of the step and need nothing."""
+        """Return what a resume needs beside weights and optimizer, as plain JSON.
+
+        Random numbers are functions of the step and need nothing.
+        """
         return {
             "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
             "kss": self.regularizer.state_dict(),
+            "penalties": [penalty.state_dict() for penalty in self.penalties],
             "labels": asdict(self.labels),
+            "order": None if self.order is None else {**self.order.to_dict(), "expired": self.order.expired},
         }
 
     def restore(self, checkpoint: Path) -> None:
@@ -60,12 +68,15 @@ class Run:
         CheckpointError
             When the checkpoint is damaged.
         """
-        weights, state = load_checkpoint(checkpoint)
-        self.model.load_state_dict(weights)
-        self.optimizer.load_state_dict(state["optimizer"])
+        state = load_checkpoint(checkpoint, self.model, self.optimizer)
         self.regularizer.load_state_dict(state["kss"])
-        self.labels = Labels(**state["labels"])
-        self.step = state["step"]
+        for penalty, kept in zip(self.penalties, state["penalties"], strict=True):
+            penalty.load_state_dict(kept)
+        self.labels, self.step = Labels(**state["labels"]), state["step"]
+        if state["order"] is not None:
+            expired = state["order"].pop("expired")
+            self.order = dataclasses.replace(Desired.from_dict(state["order"]), expired=expired)
+            self.levers = self.order.levers
 
 
 def build_run(config: Config, ranks: Ranks) -> Run:
@@ -77,12 +88,27 @@ def build_run(config: Config, ranks: Ranks) -> Run:
         When the configuration cannot be carried out: the factory, its arguments, no residual blocks, a batch that the
         processes cannot share equally.
     """
-    if config.task.batch % ranks.size:
+    parts = ranks.size * config.accumulation
+    if config.task.batch % parts:
         raise ConfigError(
-            f"task.batch = {config.task.batch} cannot be shared equally by {ranks.size} processes; choose a multiple"
+            f"task.batch = {config.task.batch} cannot be shared equally by {ranks.size} processes with "
+            f"{config.accumulation} micro-batches each; choose a multiple of {parts}"
         )
-    task = build_task(config.task, config.seed)
-    model = build_model(config.model, config.seed).to(ranks.device).train()
-    optimizer = build_optimizer(config.optimizer, model)
+    model = prepare_model(config, build_model(config.model, config.seed).to(ranks.device).train())
+    _refuse_too_few_layers(config, len(find_blocks(model)))
     regularizer = KSSRegularizer(model, **config.kss.model_dump(), seed=config.seed)
-    return Run(config, ranks, task, model, ranks.wrap(model), optimizer, regularizer)
+    penalties = build_penalties(config.stabilizers, model, config.seed)
+    task = build_task(config.task, config.seed)
+    parallel = ranks.wrap(model, config.parallel)
+    optimizer = build_optimizer(config.optimizer, model)
+    sam = None if config.stabilizers.sam is None else SAM(**config.stabilizers.sam.model_dump())
+    return Run(config, ranks, task, model, parallel, optimizer, regularizer, penalties, sam)
+
+
+def _refuse_too_few_layers(config: Config, blocks: int) -> None:
+    fraction = config.kss.layer_fraction
+    if config.kss.alpha > 0 and fraction * blocks < 1:
+        raise ConfigError(
+            f"kss.layer_fraction = {fraction:g} of the model's {blocks} blocks is less than one layer; "
+            f"choose at least {1 / blocks:.3g}"
+        )

@@ -15,9 +15,9 @@ import torch
 from rksp_core.moments import Moments
 from rksp_core.profiling import profile_layer
 from training.config import parse_config
-from training.loop import advance
 from training.ranks import Ranks
 from training.run import build_run
+from training.step import advance
 
 FOLDER = Path(__file__).parent
 STEPS = 12

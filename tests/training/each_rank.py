@@ -1,6 +1,6 @@
-"""Run under torchrun by `test_processes`: trains step by step and notes what this process saw.
+"""Run under torchrun by `test_ranks`: trains step by step and notes what this process saw.
 
-Rank 0 plays the monitor too: it writes an order while the run is under way.
+Rank 0 plays the monitor too: it writes an order between two micro-batches of a step.
 """
 
 import hashlib
@@ -10,31 +10,42 @@ from pathlib import Path
 
 from rksp_core.control import ControlWriter
 from rksp_core.orders import KSSSettings, Reason
-from training.callbacks import Control
 from training.config import read_config
-from training.loop import advance
+from training.control import Control
 from training.ranks import join, leave
 from training.run import build_run
+from training.step import advance
 
-ORDER_AFTER = 7
+ORDERED_IN_STEP = 8
 
 
 def main(path: Path, notes: Path) -> None:
     config = read_config(path)
     ranks = join("cpu")
     run = build_run(config, ranks)
-    folder = config.control_folder
-    control = Control(config, ranks, run.regularizer, lambda _: None)
-    weights = []
+    control, passes, records = Control(run, lambda _: None), [], []
+
+    def order(*_: object) -> None:
+        passes.append(run.step + 1)
+        if ranks.first and passes.count(ORDERED_IN_STEP) == 2 and passes[-1] == ORDERED_IN_STEP:
+            kss = KSSSettings(alpha=0.25, interval=2, variant="hinge")
+            ControlWriter(config.control_folder).issue(config.run_id, kss, Reason(), clip=0.5, learning_rate_scale=0.1)
+
+    run.model.register_forward_pre_hook(order)
     while run.step < config.steps:
-        control.obey(run.step, stop=False)
-        weights.append(advance(run).kss_weight)
-        if ranks.first and run.step == ORDER_AFTER:
-            ControlWriter(folder).issue(config.run_id, KSSSettings(alpha=0.25, interval=2), Reason())
+        control.obey(stop=False)
+        records.append(advance(run))
+    assert passes.count(ORDERED_IN_STEP) == config.accumulation == 4
     digest = hashlib.sha256()
     for parameter in run.model.parameters():
         digest.update(parameter.detach().numpy().tobytes())
-    note = {"weights": weights, "parameters": digest.hexdigest()}
+    note = {
+        "weights": [record.kss_weight for record in records],
+        "rates": [record.learning_rate for record in records],
+        "clip": run.levers.clip,
+        "variant": run.regularizer.settings.variant,
+        "parameters": digest.hexdigest(),
+    }
     (notes / f"rank-{ranks.rank}.json").write_text(json.dumps(note))
     leave(ranks)
 

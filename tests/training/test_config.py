@@ -30,7 +30,10 @@ def test_check_writes_nothing(tmp_path):
         ("stepps=3", "unknown key 'stepps'; did you mean 'steps'?"),
         ("optimizer.learning_rte=3", "unknown key 'optimizer.learning_rte'; did you mean 'optimizer.learning_rate'?"),
         ("zzz=3", "unknown key 'zzz'; known are run_id, output"),
-        ("optimizer.name=adam", "optimizer.name must be one of adamw, lamb, lion, sgd, got 'adam'; did you mean 'adamw'?"),
+        (
+            "optimizer.name=adam",
+            "optimizer.name must be one of adamw, lamb, lion, sgd, got 'adam'; did you mean 'adamw'?",
+        ),
         ("optimizer.learning_rate=-1", "optimizer.learning_rate cannot be -1: it should be greater than 0"),
         ("steps=many", "steps cannot be 'many': it should be a valid integer"),
         ("steps.more=3", "'steps' is a single value and has no key 'more'"),

@@ -64,30 +64,3 @@ def test_a_run_that_diverges_exits_4_without_a_traceback(written):
     out, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (4, "")
     assert "diverged at step" in out
-
-
-def torchrun(*arguments: object) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*command, *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=120)
-
-
-@pytest.mark.slow
-def test_two_processes_obey_one_order_at_the_same_step(written, tmp_path):
-    config, path = written(steps=12)
-    torchrun(Path(__file__).with_name("each_rank.py"), path, tmp_path)
-    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
-    assert first == second  # the same settings at each step, and the same weights after the last
-    assert first["weights"] == [0.0] * 7 + [0.25] * 5
-    applied = json.loads((config.control_folder / "applied.json").read_text())
-    assert (applied["status"], applied["step"], applied["active"]["kss"]["alpha"]) == ("applied", 7, 0.25)
-
-
-@pytest.mark.slow
-def test_two_processes_train_on_the_batches_of_one(written):
-    alone, path = written(output="alone", steps=5)
-    training(path).communicate(timeout=60)
-    together, path = written(output="together", steps=5)
-    torchrun("-m", "training", path)
-    for one, two in zip(metrics(alone), metrics(together), strict=True):
-        # float32 sums in another order
-        assert two == pytest.approx(one, rel=1e-4)

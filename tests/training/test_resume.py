@@ -10,19 +10,27 @@ from safetensors.torch import load_file
 from rksp_core.control import ControlWriter
 from rksp_core.errors import CheckpointError, ConfigError
 from rksp_core.orders import KSSSettings, Reason
-from training.checkpoint import checkpoints, load_checkpoint
+from training.checkpoint import checkpoints
 from training.loop import train
 from training.ranks import Ranks
+from training.run import build_run
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 KSS = {"alpha": 0.15, "interval": 3, "layer_fraction": 0.5}
 
 
-def final(config) -> tuple[dict, dict, list[str]]:
-    """Weights, training state and metrics of a run's last checkpoint."""
+def final(config) -> tuple[dict, dict, dict, list[dict]]:
+    """Weights, optimizer, state and metrics of a run's last checkpoint, without what a clock has written."""
     folder = Path(config.output)
-    weights, state = load_checkpoint(checkpoints(folder / "checkpoints")[-1])
-    return weights, state, (folder / "metrics.jsonl").read_text().splitlines()
+    run = build_run(config, ALONE)
+    run.restore(checkpoints(folder / "checkpoints")[-1])
+    state = run.state()
+    state["order"] = state["order"] and state["order"]["kss"]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timeless = [
+        {k: v for k, v in record.items() if k not in ("step_seconds", "tokens_per_second")} for record in records
+    ]
+    return run.model.state_dict(), run.optimizer.state_dict(), state, timeless
 
 
 def assert_bitwise_equal(left, right) -> None:
@@ -55,8 +63,58 @@ def test_twenty_steps_are_ten_steps_and_ten_more(configure, norm, kss):
     assert train(parts, ALONE, until=10)["status"] == "stopped"
     assert train(parts, ALONE, resume=True)["status"] == "finished"
     assert_bitwise_equal(final(whole), final(parts))
-    terms = [json.loads(line)["kss_term"] for line in final(whole)[2]]
+    terms = [record["kss_term"] for record in final(whole)[3]]
     assert [term > 0 for term in terms] == [bool(kss) and step % 3 == 0 for step in range(20)]
+
+
+FORMATS = [{"format": "safetensors"}, {"format": "pt"}, {"format": "dcp"}, {"format": "dcp", "asynchronous": True}]
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=["safetensors", "pt", "dcp", "dcp-async"])
+def test_each_format_resumes_exactly(configure, form):
+    sections = {"checkpoint": {"every": 4, "keep_last": 2, **form}, "kss": KSS}
+    whole, parts = configure("whole", **sections), configure("parts", **sections)
+    train(whole, ALONE)
+    train(parts, ALONE, until=10)
+    train(parts, ALONE, resume=True)
+    assert_bitwise_equal(final(whole), final(parts))
+    names = {path.name for path in (Path(parts.output) / "checkpoints").iterdir()}
+    assert names == {"step-00000016", "step-00000020"}  # and nothing half written
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"precision": "bfloat16"},
+        {"activation_checkpointing": True, "kss": KSS},
+        {"accumulation": 4, "kss": KSS},
+    ],
+    ids=["bfloat16", "activation_checkpointing", "accumulation"],
+)
+def test_each_way_to_compute_resumes_exactly(configure, sections):
+    whole, parts = configure("whole", **sections), configure("parts", **sections)
+    train(whole, ALONE)
+    train(parts, ALONE, until=7)
+    train(parts, ALONE, resume=True)
+    assert_bitwise_equal(final(whole), final(parts))
+
+
+def test_activation_checkpointing_changes_no_bit(configure):
+    """It computes twice what it would otherwise have stored; the KSS term and its measured ratio included."""
+    stored, again = configure("stored", kss=KSS), configure("again", kss=KSS, activation_checkpointing=True)
+    train(stored, ALONE)
+    train(again, ALONE)
+    assert_bitwise_equal(final(stored), final(again))
+
+
+def test_micro_batches_are_the_batch(configure):
+    """Without KSS, whose term is one of each micro-batch, the gradient is the same but for rounding."""
+    one, four = (configure(f"in-{k}", accumulation=k, precision="float64") for k in (1, 4))
+    train(one, ALONE)
+    train(four, ALONE)
+    for left, right in zip(final(one)[3], final(four)[3], strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-10)
+        assert left["gradient_norm"] == pytest.approx(right["gradient_norm"], rel=1e-10)
 
 
 def test_a_crash_loses_the_steps_after_the_checkpoint_and_nothing_else(configure):
@@ -105,7 +163,7 @@ def test_an_order_is_obeyed_again_after_a_resume(configure):
     train(resumed, ALONE, until=9)
     train(resumed, ALONE, resume=True)
     assert_bitwise_equal(final(ordered), final(resumed))
-    weights = [json.loads(line)["kss_weight"] for line in final(resumed)[2]]
+    weights = [record["kss_weight"] for record in final(resumed)[3]]
     assert weights == [0.2] * 20
 
 
@@ -125,7 +183,7 @@ def test_an_answer_that_cannot_be_written_does_not_stop_the_run(configure):
     said = []
     assert train(config, ALONE, say=said.append)["status"] == "finished"
     assert any("the answer cannot be written" in line for line in said)
-    assert json.loads(final(config)[2][0])["kss_weight"] == 0.2
+    assert final(config)[3][0]["kss_weight"] == 0.2
 
 
 def test_a_profile_that_fails_does_not_stop_the_run(configure):
@@ -165,6 +223,13 @@ def test_only_the_newest_checkpoints_are_kept(configure):
     train(config, ALONE, until=7)
     names = sorted(path.name for path in (Path(config.output) / "checkpoints").iterdir())
     assert names == ["step-00000006", "step-00000007"]
+
+
+def test_each_of_a_coarser_spacing_is_kept(configure):
+    config = configure(checkpoint={"every": 2, "keep_last": 1, "keep_every": 6})
+    train(config, ALONE)
+    names = sorted(path.name for path in (Path(config.output) / "checkpoints").iterdir())
+    assert names == [f"step-{step:08d}" for step in (0, 6, 12, 18, 20)]
 
 
 def test_a_checkpoint_says_what_it_is_and_needs_no_pickle(configure):
