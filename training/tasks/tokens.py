@@ -2,8 +2,8 @@
 
 The file's name is a hash of what the tokens depend on: each file's name, size and time of change, the separator and the
 tokenizer. It appears complete or not at all, and of several processes that want it, one writes it and the others wait.
-Tokenizing holds a few megabytes at a time: a text is cut into pieces before lines that begin with no space, where most
-tokenizers split anyway. One that does not, or that marks where a text begins, may give another token at such a place.
+Tokenizing holds a few megabytes at a time: a text is cut into pieces where a word ends and a space follows. Tokenizers
+of GPT's kind split there anyway; one that marks where a text begins (SentencePiece's kind) may give another token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from training.tasks.tokenizer import Tokenizer
 
 FOLDER = ".rksp-tokens"
 FORMAT = 1
-PIECE, LONGEST = 1 << 16, 1 << 20  # characters: what a piece has at least, and when it is cut without a line's end
+PIECE, LONGEST = 1 << 16, 1 << 18  # characters: read at once, and where a piece ends that holds no space
 AT_ONCE = 32  # pieces
 
 
@@ -111,7 +111,7 @@ def _pieces_of(file: Path) -> Iterator[str]:
         with file.open(encoding="utf-8", newline="") as stream:  # newline="": the characters as they are
             while block := stream.read(PIECE):
                 rest += block
-                cut = _line_start(rest) or (len(rest) if len(rest) >= LONGEST else 0)
+                cut = _word_end(rest) or (len(rest) if len(rest) >= LONGEST else 0)
                 if cut:
                     yield rest[:cut]
                     rest = rest[cut:]
@@ -123,10 +123,10 @@ def _pieces_of(file: Path) -> Iterator[str]:
         yield rest
 
 
-def _line_start(text: str) -> int:
-    """Return the last place that follows a line's end and holds no space, or 0."""
-    end = len(text) - 1
-    while (end := text.rfind("\n", 0, end)) >= 0:
-        if not text[end + 1].isspace():
-            return end + 1
+def _word_end(text: str) -> int:
+    """Return the last place that holds a space and follows none, or 0."""
+    place = len(text)
+    while (place := text.rfind(" ", 0, place)) > 0:
+        if not text[place - 1].isspace():
+            return place
     return 0
