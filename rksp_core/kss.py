@@ -167,7 +167,7 @@ class KSSRegularizer:
     cannot be differentiated is skipped and counted in ``skipped_layers``, as is one whose forward pass records no
     gradient (under `torch.no_grad`, or in a reentrant checkpoint; checkpoint with ``use_reentrant=False``).
     Compiled models run as written while a term is due. Padding (``attention_mask`` and its like among the keyword
-    arguments of the model) stays out of the sample.
+    arguments of the model, or of a module in it that holds the blocks) stays out of the sample.
 
     Where `torch.distributed` runs, a term is that of all processes' tokens together: the sums that make the operator
     are reduced over ``group``, three small collectives a block. Its gradient is scaled for gradients that are averaged
@@ -215,7 +215,13 @@ class KSSRegularizer:
         self._rank, self._samples, self._beta, self._seed = rank, samples, beta, seed
         self._variant: Variant = variant
         self._undo = ExitStack()
-        self._mask: Bool[Tensor, "sequences length"] | None = None
+        names = [block.name for block in self._blocks]
+        self._around = [  # the model, and what in it holds blocks
+            module
+            for path, module in self._model.named_modules()
+            if any(not path or name.startswith(f"{path}.") for name in names)
+        ]
+        self._masks: list[Bool[Tensor, "sequences length"] | None] = []  # of those that run now, outermost first
         self._inputs: dict[str, tuple[Tensor, torch.Size]] = {}
         self._terms: list[Tensor] = []
 
@@ -252,8 +258,11 @@ class KSSRegularizer:
         self._terms = []
         if self.due:
             self._undo.enter_context(as_written())
-            seen = self._model.register_forward_pre_hook(self._see_mask, with_kwargs=True)
-            self._undo.callback(seen.remove)
+            for module in self._around:
+                entered = module.register_forward_pre_hook(self._enter_module, with_kwargs=True)
+                left = module.register_forward_hook(self._leave_module)
+                self._undo.callback(entered.remove)
+                self._undo.callback(left.remove)
             for block in self._chosen():
                 before = block.module.register_forward_pre_hook(self._before(block), with_kwargs=True)
                 after = block.module.register_forward_hook(self._after(block))
@@ -265,7 +274,7 @@ class KSSRegularizer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._undo.close()
-        self._inputs, self._mask = {}, None
+        self._inputs, self._masks = {}, []
         self.steps += 1
 
     def _chosen(self) -> list[Block]:
@@ -277,13 +286,17 @@ class KSSRegularizer:
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed * 1_000_003 + self.steps)
 
-    def _see_mask(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
-        self._mask = token_mask(kwargs)
+    def _enter_module(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        self._masks.append(token_mask(kwargs))
+
+    def _leave_module(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
+        if self._masks:
+            self._masks.pop()
 
     def _before(self, block: Block) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             stream = stream_of(args, kwargs)
-            if stream is not None:
+            if stream is not None and not _recomputing():
                 # The rows are copied now: a block may overwrite its input in place.
                 with _kept_from_checkpoints():
                     self._inputs[block.name] = (self._rows(stream), stream.shape)
@@ -292,6 +305,8 @@ class KSSRegularizer:
 
     def _after(self, block: Block) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+            if _recomputing():
+                return
             h_in, shape = self._inputs.pop(block.name, (None, None))
             h_out = None if shape is None else stream_out(output, shape)
             with _kept_from_checkpoints():
@@ -306,8 +321,10 @@ class KSSRegularizer:
     def _rows(self, stream: Tensor) -> Tensor:
         """Return this process's part of at most N rows over all of them, the same ones for each block of a step."""
         rows = stream.flatten(0, -2)
-        if self._mask is not None and self._mask.shape == stream.shape[:-1]:
-            rows = rows[self._mask.flatten().to(rows.device)]
+        for mask in reversed(self._masks):
+            if mask is not None and mask.shape == stream.shape[:-1]:
+                rows = rows[mask.flatten().to(rows.device)]
+                break
         counts = self._gathered(rows.shape[0], rows.device)
         total, before = sum(counts), sum(counts[: self._process])
         if total <= self._samples:
@@ -380,6 +397,11 @@ class KSSRegularizer:
         mine = torch.zeros(self._processes, dtype=torch.int64, device=device)
         mine[self._process] = number
         return [int(each) for each in self._sum(mine)]
+
+
+def _recomputing() -> bool:
+    """Whether a backward pass runs: a block then runs anew for its gradient, under an activation checkpoint."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _kept_from_checkpoints() -> saved_tensors_hooks:

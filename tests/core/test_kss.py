@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from rksp_core import KSSRegularizer, KSSSettings, kss_loss
 from rksp_core.kss import CONDITION_LIMIT, VARIANTS, Variant, eigenvalue_moduli
@@ -241,6 +241,36 @@ class TestRegularizerInTraining:
         for a, b in zip(scaled, (parameter.grad for parameter in model.layers.parameters()), strict=True):
             torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
             assert float(b.abs().max()) > 0
+
+    def test_a_block_recomputed_inside_the_context_counts_once(self) -> None:
+        """A backward pass in the context runs checkpointed blocks, and so their hooks, once more."""
+        plain, recomputed = self.model(), self.model(Checkpointed)
+        expected = self.run(plain, KSSRegularizer(plain, interval=1, layer_fraction=1.0))
+        regularizer = KSSRegularizer(recomputed, interval=1, layer_fraction=1.0)
+        with regularizer, set_checkpoint_early_stop(False):
+            (recomputed(tokens()).square().mean() + regularizer.term()).backward()
+            assert regularizer.term().item() == 0.0
+        assert regularizer.skipped_layers == 0
+        for a, b in zip(expected, (parameter.grad for parameter in recomputed.parameters()), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)  # float32
+
+    @pytest.mark.parametrize("through", ["the model", "a module in it"])
+    def test_padding_stays_out_whoever_is_called_with_the_mask(self, through: str) -> None:
+        """A trainer may call the network inside of what it was given; the mask of the last call goes with that call."""
+        inner = self.model()
+        outer = nn.Module()
+        outer.network = inner
+        mask = torch.arange(12).expand(8, 12) < 9
+        terms = []
+        for ids, given in ((tokens()[:, :9], None), (tokens(), mask.long()), (tokens(), None)):
+            regularizer = KSSRegularizer(inner if through == "the model" else outer, interval=1, layer_fraction=1.0)
+            with regularizer:
+                inner(tokens(), attention_mask=mask.long())
+                regularizer.term()
+                inner(ids, attention_mask=given)
+            terms.append(regularizer.term().item())
+        assert terms[0] == pytest.approx(terms[1], rel=1e-6)  # float32
+        assert terms[0] != pytest.approx(terms[2], rel=1e-3)
 
     def test_two_forward_passes_in_one_context_are_averaged(self) -> None:
         model = self.model()
