@@ -19,8 +19,8 @@ from rksp_core.profile_writer import FOLDER as PROFILES
 from rksp_monitor.checkpoints import FORMATS, Kind, format_of
 from rksp_monitor.checkpoints.names import is_candidate, step_in
 
-# Where trainers put things, relative to the run folder.
-FOLDERS = (".", "checkpoints", PROFILES)
+# Where trainers put things, relative to the run folder (``checkpoint`` is torchtitan's).
+FOLDERS = (".", "checkpoints", "checkpoint", PROFILES)
 
 SETTLE_SECONDS = 0.5  # between the two looks that must agree before a weights file counts as written
 TICK_SECONDS = 5.0  # between two signs of life while nothing happens

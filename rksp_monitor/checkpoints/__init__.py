@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint
-from rksp_monitor.checkpoints import profile_file, safetensors_file, step_folder, torch_file
+from rksp_monitor.checkpoints import dcp_folder, profile_file, safetensors_file, step_folder, torch_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +50,7 @@ FORMATS: Mapping[str, CheckpointFormat] = cast(
         "safetensors": safetensors_file,
         "torch": torch_file,
         "folder": step_folder,
+        "dcp": dcp_folder,
     },
 )
 

@@ -21,7 +21,7 @@ KIND: Final = "checkpoint"
 SUFFIXES = (".pt", ".pth", ".ckpt")
 
 # Under these names training loops commonly put the model next to other state.
-_MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module")
+MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module")
 
 
 def matches(path: Path) -> bool:
@@ -103,7 +103,7 @@ def _state_dict(content: Any, name: str) -> Mapping[str, Tensor]:
             and any(isinstance(part, torch.Tensor) for part in value.values())
         )
 
-    nested = [content[key] for key in _MODEL_KEYS if isinstance(content, Mapping) and is_state(content.get(key))]
+    nested = [content[key] for key in MODEL_KEYS if isinstance(content, Mapping) and is_state(content.get(key))]
     found = nested[0] if nested else content
     if not is_state(found):
         kind = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__

@@ -206,6 +206,15 @@ def test_a_step_folder_reads_its_weights(tmp_path: Path):
     assert "embedding.weight" in read_weights(folder)
 
 
+def test_a_step_folder_of_torch_files_gives_its_model_alone(tmp_path: Path):
+    folder = tmp_path / "step-00000100"
+    folder.mkdir()
+    torch.save({"model": tiny_model.weights(1)}, folder / "model.pt")
+    torch.save({"optimizer": {"state": {}}, "weights": tiny_model.weights(2)}, folder / "training_state.pt")
+    assert format_of(folder) == "folder"
+    assert torch.equal(read_weights(folder)["embedding.weight"], tiny_model.weights(1)["embedding.weight"])
+
+
 def test_a_step_can_stand_in_metadata(tmp_path: Path):
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", {"step": "70"})
     assert step_of(tmp_path / "model.safetensors") == 70

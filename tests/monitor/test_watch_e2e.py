@@ -13,10 +13,13 @@ import subprocess
 import sys
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save
 
 from rksp_core import Limits, ProfileWriter
@@ -173,7 +176,11 @@ def test_checkpoints_of_every_kind_and_fate(run: Path, start):
     (run / "step-500.safetensors").write_bytes(b"\xff" * 64)  # a header of 2^64 - 1 bytes
     vanishing = run / "step-600.safetensors"
     vanishing.write_bytes(content[:100])
-    until(lambda: len(rows(run)) == 6)
+    (run / "step-700").mkdir()
+    torch.save({"model": tiny_model.weights(700)}, run / "step-700" / "model.pt")
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # it is meant to be one process
+        dcp.save({"model": tiny_model.weights(800)}, checkpoint_id=run / "checkpoint" / "step-800")
+    until(lambda: len(rows(run)) == 8)
     for end in (1000, 4000, len(content)):
         growing.write_bytes(content[:end])
         time.sleep(0.1)
@@ -186,11 +193,13 @@ def test_checkpoints_of_every_kind_and_fate(run: Path, start):
         400: ("done", 1),
         500: ("failed", 2),
         600: ("expired", 0),
+        700: ("done", 1),
+        800: ("done", 1),
     }
-    assert watcher.metric("rksp_checkpoints_processed_total") == 2
+    assert watcher.metric("rksp_checkpoints_processed_total") == 4
     assert watcher.metric("rksp_checkpoints_failed_total") == 3
     assert watcher.metric("rksp_checkpoints_expired_total") == 1
-    assert watcher.metric("rksp_replay_duration_seconds_count") == 2
+    assert watcher.metric("rksp_replay_duration_seconds_count") == 4
     assert watcher.metric("rksp_replay_worker_restarts_total") >= 1
     assert watcher.end() == 0
 
