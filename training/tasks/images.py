@@ -66,10 +66,12 @@ class Images:
         self.augment, self.seed = augment, seed
         here = self.training.images.shape[1]
         if channels not in {None, here}:
-            raise ConfigError(f"{data} has images of {here} channels, set model.arguments.channels; got {channels}")
+            raise ConfigError(
+                f"the images of {data} have {here} channels, the model {channels}; set model.arguments.channels"
+            )
         largest = max(int(part.labels.max()) for part in (self.training, held_out))
         if classes is not None and largest >= classes:
-            raise ConfigError(f"{data} has {largest + 1} classes, set model.arguments.classes; got {classes}")
+            raise ConfigError(f"{data} has {largest + 1} classes, the model {classes}; set model.arguments.classes")
         self.image = self.training.images.shape[-1] if image is None else image
         order = np.random.default_rng([seed, SPLIT]).permutation(len(held_out.labels))
         probed = max(1, round(PROBED * len(order)))

@@ -7,6 +7,7 @@ big-endian number, then the bytes. Files may be compressed (``.gz``), as they ar
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
     except OSError as error:
         raise wrong(path, f"cannot be read ({error.strerror})", EXPECTED) from error
     head = 4 + 4 * dimensions
-    shape = np.frombuffer(content[4:head], dtype=">i4")
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != head + shape.prod(dtype=np.int64):
+    shape = [int.from_bytes(content[place : place + 4], "big") for place in range(4, head, 4)]
+    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != head + math.prod(shape):
         raise wrong(path, f"is no IDX file of {dimensions} dimensions", EXPECTED)
     return np.frombuffer(content, dtype=np.uint8, offset=head).reshape(shape)
