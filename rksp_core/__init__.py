@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rksp_core.capture import find_blocks
     from rksp_core.control import ControlListener, ControlWriter
+    from rksp_core.follower import ControlFollower
     from rksp_core.kreiss import KreissResult, kreiss_constant, transient_growth
     from rksp_core.kss import KSSRegularizer, kss_loss
     from rksp_core.limits import Limits
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rksp_core.profiling import profile_model
 
 _HOME = {
+    "ControlFollower": "follower",
     "ControlListener": "control",
     "ControlWriter": "control",
     "Desired": "orders",
@@ -40,6 +42,7 @@ _HOME = {
 }
 
 __all__ = [
+    "ControlFollower",
     "ControlListener",
     "ControlWriter",
     "Desired",

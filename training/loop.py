@@ -13,7 +13,6 @@ from rksp_core.atomic import write_atomic
 from rksp_core.untouched import evaluating
 from training.callbacks import Checkpoints, MetricsLog, Observer, Profiles, Say
 from training.config import Config
-from training.control import Control
 from training.exporters import exporters
 from training.ranks import Ranks
 from training.run import Run, build_run
@@ -55,13 +54,12 @@ def train(
     if checkpoint is not None:
         run.restore(checkpoint)
         say(f"resumed from step {run.step}")
-    control = Control(run, say)
     observers = _observers(run, say)
     began, last = time.perf_counter(), config.steps if until is None else min(until, config.steps)
     if checkpoint is None:
         for observer in observers:
             observer.after(run, None)
-    while run.step < last and not run.diverged and not control.obey(stop=stop()):
+    while run.step < last and not run.diverged and not obey(run, stop=stop(), say=say):
         record = advance(run)
         for observer in observers:
             observer.after(run, record)
@@ -71,6 +69,21 @@ def train(
     if ranks.first:
         write_atomic(Path(config.output) / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result
+
+
+def obey(run: Run, *, stop: bool, say: Say) -> bool:
+    """Apply an order that has come since the last step boundary; return whether any process wants to stop."""
+    if run.ranks.size > 1:
+        stop = run.ranks.sum([stop]) != [0.0]
+    levers = run.follower.follow(run.step) if run.step % run.config.control.every == 0 else None
+    if levers is not None:
+        own = run.config
+        say(
+            f"step {run.step:6d}  an order: KSS weight {levers.alpha:g} every {levers.interval} steps on "
+            f"{levers.layer_fraction:g} of the layers, {levers.variant or own.kss.variant} form; "
+            f"clip {levers.clip or own.stabilizers.clip or 'off'}, learning rate x {levers.learning_rate_scale or 1:g}"
+        )
+    return stop
 
 
 def conclude(run: Run, *, seconds: float) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rksp_core import Desired, KSSRegularizer, find_blocks
+from rksp_core import ControlFollower, KSSRegularizer, Limits, find_blocks
 from rksp_core.errors import ConfigError
-from rksp_core.orders import Levers
 from training.build import build_model, build_task, prepare_model
 from training.checkpoint import load_checkpoint
 from training.config import Config
@@ -35,12 +33,11 @@ class Run:
     parallel: nn.Module  # the model, its gradients averaged over the processes
     optimizer: torch.optim.Optimizer
     regularizer: KSSRegularizer
+    follower: ControlFollower
     penalties: list[Penalty]
     sam: SAM | None
     step: int = 0
     labels: Labels = field(default_factory=Labels)
-    levers: Levers = field(default_factory=Levers)  # of the order that holds, beside those of the regularizer
-    order: Desired | None = None  # that order itself; rank 0 has it
 
     @property
     def diverged(self) -> bool:
@@ -57,7 +54,7 @@ class Run:
             "kss": self.regularizer.state_dict(),
             "penalties": [penalty.state_dict() for penalty in self.penalties],
             "labels": asdict(self.labels),
-            "order": None if self.order is None else {**self.order.to_dict(), "expired": self.order.expired},
+            "control": self.follower.state_dict(),
         }
 
     def restore(self, checkpoint: Path) -> None:
@@ -73,10 +70,7 @@ class Run:
         for penalty, kept in zip(self.penalties, state["penalties"], strict=True):
             penalty.load_state_dict(kept)
         self.labels, self.step = Labels(**state["labels"]), state["step"]
-        if state["order"] is not None:
-            expired = state["order"].pop("expired")
-            self.order = dataclasses.replace(Desired.from_dict(state["order"]), expired=expired)
-            self.levers = self.order.levers
+        self.follower.load_state_dict(state["control"])
 
 
 def build_run(config: Config, ranks: Ranks) -> Run:
@@ -97,12 +91,14 @@ def build_run(config: Config, ranks: Ranks) -> Run:
     model = prepare_model(config, build_model(config.model, config.seed).to(ranks.device).train())
     _refuse_too_few_layers(config, len(find_blocks(model)))
     regularizer = KSSRegularizer(model, **config.kss.model_dump(), seed=config.seed)
+    limits = Limits(**dict(config.control.limits))
+    follower = ControlFollower(config.control_folder, config.run_id, regularizer, limits)
     penalties = build_penalties(config.stabilizers, model, config.seed)
     task = build_task(config.task, config.seed)
     parallel = ranks.wrap(model, config.parallel)
     optimizer = build_optimizer(config.optimizer, model)
     sam = None if config.stabilizers.sam is None else SAM(**config.stabilizers.sam.model_dump())
-    return Run(config, ranks, task, model, parallel, optimizer, regularizer, penalties, sam)
+    return Run(config, ranks, task, model, parallel, optimizer, regularizer, follower, penalties, sam)
 
 
 def _refuse_too_few_layers(config: Config, blocks: int) -> None:

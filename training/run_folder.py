@@ -32,7 +32,8 @@ def open_folder(config: Config, *, resume: bool) -> None:
     Raises
     ------
     ConfigError
-        When the folder holds a run and ``resume`` is False, holds a run of another configuration, or is not writable.
+        When the folder holds a run and ``resume`` is False, holds a run of another configuration, or it or the
+        control folder cannot be written.
     """
     folder = Path(config.output)
     stored = folder / "config.yaml"
@@ -40,12 +41,19 @@ def open_folder(config: Config, *, resume: bool) -> None:
         if not resume:
             raise ConfigError(f"{folder} already holds a run; pass --resume to continue it, or change output")
         _refuse_another(config, stored)
-        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(stored, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        if not stored.exists():
+            write_atomic(stored, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     except OSError as error:
         raise ConfigError(f"cannot write to the run folder {folder} ({error.strerror}); change output") from error
+    control = config.control_folder
+    try:
+        control.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the control folder {control} ({error.strerror}); change control.folder"
+        ) from error
 
 
 def newest_checkpoint(config: Config) -> Path | None:

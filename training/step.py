@@ -78,10 +78,10 @@ def advance(run: Run) -> Record:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = whole(nn.utils.get_total_norm(gradients))
     rate = learning_rate(config.optimizer.learning_rate, config.schedule, step, config.steps)
-    rate *= run.levers.learning_rate_scale or 1.0
+    rate *= run.follower.levers.learning_rate_scale or 1.0
     run.labels = judge(run.labels, step, figures.loss, float(norm))
     if not run.diverged:
-        clip = run.levers.clip if run.levers.clip is not None else config.stabilizers.clip
+        clip = run.follower.levers.clip or config.stabilizers.clip
         if clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         for group in run.optimizer.param_groups:
@@ -99,7 +99,7 @@ def advance(run: Run) -> Record:
         kss_skipped_layers=run.regularizer.skipped_layers,
         auxiliary_loss=figures.auxiliary_loss,
         kss_gradient_ratio=figures.kss_gradient_ratio,
-        control_generation=0 if run.order is None else run.order.generation,
+        control_generation=0 if run.follower.order is None else run.follower.order.generation,
         step_seconds=seconds,
         tokens_per_second=None if figures.tokens is None else figures.tokens / seconds,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from rksp_core.control import ControlWriter
 from rksp_core.orders import KSSSettings, Reason
 from training.config import read_config
-from training.control import Control
+from training.loop import obey
 from training.ranks import join, leave
 from training.run import build_run
 from training.step import advance
@@ -23,7 +23,7 @@ def main(path: Path, notes: Path) -> None:
     config = read_config(path)
     ranks = join("cpu")
     run = build_run(config, ranks)
-    control, passes, records = Control(run, lambda _: None), [], []
+    passes, records = [], []
 
     def order(*_: object) -> None:
         passes.append(run.step + 1)
@@ -33,7 +33,7 @@ def main(path: Path, notes: Path) -> None:
 
     run.model.register_forward_pre_hook(order)
     while run.step < config.steps:
-        control.obey(stop=False)
+        obey(run, stop=False, say=lambda _: None)
         records.append(advance(run))
     assert passes.count(ORDERED_IN_STEP) == config.accumulation == 4
     digest = hashlib.sha256()
@@ -42,7 +42,7 @@ def main(path: Path, notes: Path) -> None:
     note = {
         "weights": [record.kss_weight for record in records],
         "rates": [record.learning_rate for record in records],
-        "clip": run.levers.clip,
+        "clip": run.follower.levers.clip,
         "variant": run.regularizer.settings.variant,
         "parameters": digest.hexdigest(),
     }

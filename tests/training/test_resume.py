@@ -25,7 +25,7 @@ def final(config) -> tuple[dict, dict, dict, list[dict]]:
     run = build_run(config, ALONE)
     run.restore(checkpoints(folder / "checkpoints")[-1])
     state = run.state()
-    state["order"] = state["order"] and state["order"]["kss"]
+    state["control"] = state["control"]["order"] and state["control"]["order"]["kss"]
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timeless = [
         {k: v for k, v in record.items() if k not in ("step_seconds", "tokens_per_second")} for record in records
@@ -176,13 +176,36 @@ def test_a_run_can_be_prepared_and_begun_later(configure):
     assert_bitwise_equal(final(whole), final(begun))
 
 
-def test_an_answer_that_cannot_be_written_does_not_stop_the_run(configure):
+def test_an_order_holds_over_a_resume_when_its_file_is_gone(configure):
+    config = configure()
+    levers = {"clip": 0.5, "learning_rate_scale": 0.5}
+    ControlWriter(config.control_folder).issue("small", KSSSettings(alpha=0.2, variant="hinge"), Reason(), **levers)
+    train(config, ALONE, until=10)
+    (config.control_folder / "desired.json").unlink()
+    train(config, ALONE, resume=True)
+    records = final(config)[3]
+    assert [record["kss_weight"] for record in records] == [0.2] * 20
+    assert [record["learning_rate"] for record in records[5:]] == [5e-4] * 15
+    assert records[-1]["control_generation"] == 1
+
+
+def test_an_order_outside_the_limits_is_rejected_and_changes_nothing(configure):
+    config = configure(control={"limits": {"learning_rate_scale": [0.5, 1.0]}})
+    writer = ControlWriter(config.control_folder)
+    writer.issue("small", KSSSettings(alpha=0.2), Reason(), learning_rate_scale=0.1)
+    train(config, ALONE)
+    assert [record["kss_weight"] for record in final(config)[3]] == [0.0] * 20
+    answer = writer.applied()
+    assert answer.status == "rejected"
+    assert "learning_rate_scale 0.1, this trainer allows 0.5 to 1" in answer.message
+
+
+def test_an_answer_that_cannot_be_written_does_not_stop_the_run(configure, caplog):
     config = configure()
     (config.control_folder / "applied.json").mkdir(parents=True)
     ControlWriter(config.control_folder).issue("small", KSSSettings(alpha=0.2), Reason())
-    said = []
-    assert train(config, ALONE, say=said.append)["status"] == "finished"
-    assert any("the answer cannot be written" in line for line in said)
+    assert train(config, ALONE)["status"] == "finished"
+    assert "the answer cannot be written" in caplog.text
     assert final(config)[3][0]["kss_weight"] == 0.2
 
 
