@@ -6,7 +6,6 @@ sharded parameters), LAMB is `training.stabilizers.lamb`.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -72,22 +71,12 @@ def _groups(section: Optimizer, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _factors(model: nn.Module) -> dict[str, float]:
-    """Return the factor of each parameter that has one, under the names of a parametrized model too."""
     own = getattr(model, "learning_rate_factors", None)
-    given: dict[str, float] = {} if own is None else dict(own())
-    names = {_plain(name): name for name, _ in model.named_parameters()}
-    for name, factor in given.items():
+    factors: dict[str, float] = {} if own is None else dict(own())
+    names = {name for name, _ in model.named_parameters()}
+    for name, factor in factors.items():
         if name not in names:
             raise ConfigError(f"learning_rate_factors() of the model names {name!r}, which is no parameter of it")
         if not factor > 0:
             raise ConfigError(f"learning_rate_factors() of the model must be above 0, got {factor!r} for {name!r}")
-    return {names[name]: float(factor) for name, factor in given.items()}
-
-
-def _plain(name: str) -> str:
-    """Return the name that a parameter has without `torch.nn.utils.parametrize`.
-
-    Of the two that weight normalization makes of a matrix, it is the direction (``original1``) that stands for it; the
-    lengths of the rows (``original0``) keep a name of their own.
-    """
-    return re.sub(r"parametrizations\.(\w+)\.original1?$", r"\1", name)
+    return factors

@@ -42,7 +42,7 @@ class Jacobian(Penalty):
 
 
 def _projected(h_in: Tensor, h_out: Tensor, generator: torch.Generator) -> Tensor:
-    v = torch.randn(h_out.shape, generator=generator, device=h_out.device, dtype=torch.float32)
+    v = torch.randn(h_out.shape, generator=generator, device=h_out.device, dtype=wide(h_out).dtype)
     v = v * (math.sqrt(v.numel()) / v.norm())
     (slope,) = torch.autograd.grad(h_out, h_in, v.to(h_out.dtype), create_graph=True)  # v^T J, like h_in
     return wide(slope).square().mean()

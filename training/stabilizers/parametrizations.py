@@ -31,7 +31,7 @@ def apply_parametrizations(section: Stabilizers, model: nn.Module) -> None:
     Raises
     ------
     ConfigError
-        When there is no such matrix, or one cannot be normalized because it is 0.
+        When there is no such matrix, one cannot be normalized because it is 0, or their size is that of muP.
     """
     if section.spectral_norm is None and section.weight_norm is None:
         return
@@ -39,6 +39,11 @@ def apply_parametrizations(section: Stabilizers, model: nn.Module) -> None:
     found = _linear_maps(model)
     if not found:
         raise ConfigError(f"stabilizers.{method} needs an nn.Linear in the blocks of the model, and there is none")
+    if any(factor != 1 for factor in getattr(model, "learning_rate_factors", dict)().values()):
+        raise ConfigError(
+            f"stabilizers.{method} takes the size of the matrices away, to which the learning rates of muP belong; "
+            "choose another model.arguments.initialization"
+        )
     for name, module in found:
         lengths = module.weight.detach().norm(dim=1)
         if not bool((lengths > 0).all() if section.spectral_norm is None else (lengths > 0).any()):
