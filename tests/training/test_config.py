@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from rksp_core.errors import ConfigError
+from tests.training.real_data import need_data
 from training.__main__ import main
 from training.config import parse_config, read_config
 
@@ -15,6 +16,7 @@ GOOD = yaml.safe_load((CONFIGS / "recall_small.yaml").read_text())
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_each_shipped_configuration_is_valid(path, capsys):
+    need_data(read_config(path).task)
     assert main([str(path), "--check"]) == 0
     assert "the configuration is valid" in capsys.readouterr().out
 

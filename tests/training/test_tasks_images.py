@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rksp_core.errors import ConfigError
+from tests.training.real_data import need_data
 from training.__main__ import main
 from training.build import build_task
-from training.schema.task import FASHION_MNIST, Images
+from training.schema.task import Images
 from training.tasks import EVALUATION, PROBE, TRAINING
 from training.tasks.image_sets import cifar10, class_folders, digits, fashion_mnist
 from training.tasks.images import shifted_and_flipped
@@ -347,10 +348,9 @@ def test_two_images_cannot_be_split(tmp_path):
 
 @pytest.mark.real
 def test_fashion_mnist_is_the_published_one():
-    if not Path(FASHION_MNIST).is_dir():
-        message = f"no {FASHION_MNIST}; scripts/real_parts.sh installs it"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
-    task = build_task(Images(data="fashion_mnist"), seed=0)
+    section = Images(data="fashion_mnist")
+    need_data(section)
+    task = build_task(section, seed=0)
     assert task.training.images.shape == (60_000, 1, 28, 28)
     assert sum(len(part.labels) for part in task.held_out.values()) == 10_000
     assert np.bincount(task.training.labels).tolist() == [6_000] * 10

@@ -15,8 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rksp_core.errors import ConfigError
+from tests.training.real_data import need_data
 from training.__main__ import main
 from training.build import build_task
+from training.config import read_config
+from training.loop import train
+from training.ranks import Ranks
 from training.schema.task import Text
 from training.tasks import EVALUATION, PROBE, TRAINING, tokens
 from training.tasks.tokenizer import Bytes, Given, read_tokenizer
@@ -24,6 +28,7 @@ from training.tasks.tokens import FOLDER, read_tokens
 
 ROOT = Path(__file__).parents[2]
 TEXT = ROOT / "LICENSE"
+CONFIGS = ROOT / "training" / "configs"
 
 
 @pytest.fixture
@@ -247,3 +252,13 @@ def test_tokens_that_are_there_need_no_right_to_write(tmp_path):
     before = sorted(cache.iterdir())
     as_bytes(folder)
     assert sorted(cache.iterdir()) == before  # no lock was taken
+
+
+@pytest.mark.real
+def test_the_real_text_is_learned(tmp_path):
+    """The shipped configuration, cut to 60 steps: far below ln 256 = 5.55, where it begins."""
+    config = read_config(CONFIGS / "text_small.yaml", [f"output={tmp_path / 'run'}", "steps=60", "schedule.warmup=10"])
+    need_data(config.task)
+    result = train(config, Ranks(0, 1, torch.device("cpu")))
+    assert result["status"] == "finished"
+    assert result["loss"] < 3.0
