@@ -6,17 +6,19 @@ writes them to ``metrics.jsonl``.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from rksp_core.errors import ConfigError
+from training import config as schema
 from training.callbacks import Observer
+from training.config import Config, Metrics
 from training.run import Run
 from training.step import Record
 
@@ -37,31 +39,39 @@ GAUGES = {
 }
 
 
-def exporters(run: Run) -> list[Observer]:
-    """Return the exporters that the configuration asks for.
+def exporters(config: Config) -> list[Observer]:
+    """Return the exporters that the configuration asks for; they write nothing before the first step.
 
     Raises
     ------
     ConfigError
         When a package is missing or the port is taken.
     """
-    metrics = run.config.metrics
+    metrics = config.metrics
+    _refuse_missing_packages(metrics)
     chosen: list[Observer] = []
     if metrics.prometheus is not None:
-        chosen.append(Prometheus(run))
+        chosen.append(Prometheus(config.run_id, metrics.prometheus))
     if metrics.tensorboard:
-        chosen.append(TensorBoard(run))
+        chosen.append(TensorBoard())
     if metrics.wandb is not None:
-        chosen.append(WandB(run))
+        chosen.append(WandB(metrics.wandb))
     return chosen
+
+
+def _refuse_missing_packages(metrics: Metrics) -> None:
+    for name, wanted in (("tensorboard", metrics.tensorboard), ("wandb", metrics.wandb is not None)):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise ConfigError(f"metrics.{name} needs the package {name}; pip install 'rksp[trainer]', or turn it off")
 
 
 class Prometheus(Collector):
     """Serves the last step's figures; one that is not known has no sample."""
 
-    def __init__(self, run: Run) -> None:
-        self._labels, self._figures = {"run": run.config.run_id}, {}
-        settings, registry = run.config.metrics.prometheus, CollectorRegistry()
+    def __init__(self, run_id: str, settings: schema.Prometheus) -> None:
+        self._labels: dict[str, str] = {"run": run_id}
+        self._figures: dict[str, float | None] = {}
+        registry = CollectorRegistry()
         registry.register(self)
         try:
             self._server, self._thread = start_http_server(settings.port, settings.address, registry)
@@ -101,56 +111,60 @@ class Prometheus(Collector):
 
 
 class TensorBoard:
-    """Writes scalars to ``<output>/tensorboard``."""
+    """Writes scalars to ``<output>/tensorboard``; what a run that is resumed had written behind that step is purged."""
 
-    def __init__(self, run: Run) -> None:
-        _package("tensorboard", "metrics.tensorboard")
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(self) -> None:
+        self._writer: Any = None
 
-        self._writer = SummaryWriter(str(Path(run.config.output) / "tensorboard"), purge_step=run.step + 1)
-
-    def after(self, run: Run, record: Record | None) -> None:  # noqa: ARG002
+    def after(self, run: Run, record: Record | None) -> None:
         """Write one step."""
-        if record is not None:
-            for figure, value in record.to_dict().items():
-                if value is not None and figure != "step":
-                    self._writer.add_scalar(figure, value, record.step)
+        if record is None:
+            return
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(Path(run.config.output) / "tensorboard"), purge_step=record.step)
+        for figure, value in record.to_dict().items():
+            if value is not None and figure != "step":
+                self._writer.add_scalar(figure, value, record.step)
 
     def end(self, run: Run) -> None:  # noqa: ARG002
         """Flush and close."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class WandB:
-    """Logs to Weights and Biases; ``offline`` leaves everything below ``<output>/wandb``."""
+    """Logs to Weights and Biases; ``offline`` leaves everything below ``<output>/wandb`` and sends nothing."""
 
-    def __init__(self, run: Run) -> None:
-        wandb = _package("wandb", "metrics.wandb")
-        config = run.config
-        self._run = wandb.init(
-            project=config.metrics.wandb.project,
-            name=config.run_id,
-            id=config.run_id,
-            dir=config.output,
-            mode=config.metrics.wandb.mode,
-            resume="allow" if config.metrics.wandb.mode == "online" else None,
-            config=config.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True),
-        )
+    def __init__(self, settings: schema.WandB) -> None:
+        self._settings = settings
+        self._run: Any = None
 
-    def after(self, run: Run, record: Record | None) -> None:  # noqa: ARG002
+    def after(self, run: Run, record: Record | None) -> None:
         """Log one step."""
-        if record is not None:
-            figures = {name: value for name, value in record.to_dict().items() if value is not None}
-            self._run.log(figures, step=record.step)
+        if record is None:
+            return
+        if self._run is None:
+            self._run = self._begin(run.config)
+        figures = {name: value for name, value in record.to_dict().items() if value is not None}
+        self._run.log(figures, step=record.step)
 
     def end(self, run: Run) -> None:  # noqa: ARG002
         """Finish the run there."""
-        self._run.finish()
+        if self._run is not None:
+            self._run.finish()
 
+    def _begin(self, config: Config) -> Any:
+        import wandb
 
-def _package(name: str, setting: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(f"{setting} needs the package {name}; pip install 'rksp[trainer]', or turn it off") from error
+        return wandb.init(
+            project=self._settings.project,
+            name=config.run_id,
+            id=config.run_id,
+            dir=config.output,
+            mode=self._settings.mode,
+            resume="allow" if self._settings.mode == "online" else None,
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True),
+        )

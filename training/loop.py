@@ -45,7 +45,9 @@ def train(
         When the run cannot start or continue, or a checkpoint cannot be written.
     """
     run = build_run(config, ranks)
+    others: list[Observer] = []
     if ranks.first:
+        others = exporters(config)
         open_folder(config, resume=resume)
     else:
         say = _silent
@@ -54,7 +56,7 @@ def train(
     if checkpoint is not None:
         run.restore(checkpoint)
         say(f"resumed from step {run.step}")
-    observers = _observers(run, say)
+    observers = _observers(run, others, say)
     began, last = time.perf_counter(), config.steps if until is None else min(until, config.steps)
     if checkpoint is None:
         for observer in observers:
@@ -118,14 +120,14 @@ def evaluate(run: Run) -> tuple[float, float]:
     return loss, accuracy
 
 
-def _observers(run: Run, say: Say) -> list[Observer]:
+def _observers(run: Run, others: list[Observer], say: Say) -> list[Observer]:
     """Return what acts after each step; the checkpoint comes last: what it stands for is on disk by then."""
     probe = run.task.batch(PROBE, 0, run.config.profile.sequences).inputs
     together: list[Observer] = [Profiles(run, probe.to(run.ranks.device), say), Checkpoints(run)]
     if not run.ranks.first:
         return together
     write_probe(Path(run.config.output), {run.task.inputs_name: probe})
-    return [MetricsLog(run, say), *exporters(run), *together]
+    return [MetricsLog(run, say), *others, *together]
 
 
 def _silent(_: str) -> None:

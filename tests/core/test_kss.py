@@ -303,3 +303,45 @@ def test_a_rank_of_nothing_is_refused_before_the_training_starts() -> None:
         KSSRegularizer(Model(1), rank=0)
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         kss_loss(torch.randn(8, 4), torch.randn(8, 4), rank=0)
+
+
+class Padded(Model):
+    """Takes its mask as a keyword argument, as Hugging Face models do."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(input_ids)
+
+
+def test_padding_stays_out_of_the_term() -> None:
+    """The blocks of this model mix no tokens, so the padded batch has the term of its real tokens alone."""
+    torch.manual_seed(0)
+    model = Padded(4).double().eval()
+    ids = tokens()
+    mask = torch.ones_like(ids)
+    mask[:, ids.shape[1] // 2 :] = 0
+    regularizer = KSSRegularizer(model, alpha=0.3, interval=1, layer_fraction=1.0, rank=8)
+    terms = []
+    for keywords in ({"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[:, : ids.shape[1] // 2]}):
+        with regularizer:
+            model(**keywords)
+        terms.append(regularizer.term().item())
+    with regularizer:
+        model(ids)
+    assert terms[0] == pytest.approx(terms[1], rel=1e-12)
+    assert regularizer.term().item() != pytest.approx(terms[0], rel=1e-3)
+
+
+def test_an_order_may_set_another_variant_and_its_end_restores_the_own_one() -> None:
+    torch.manual_seed(0)
+    model = Model(4).double().eval()
+    regularizer = KSSRegularizer(model, alpha=0.3, interval=1, layer_fraction=1.0, rank=8)
+
+    def term(variant: Variant | None) -> float:
+        regularizer.configure(KSSSettings(0.3, 1, 1.0, variant=variant))
+        with regularizer:
+            model(tokens())
+        return regularizer.term().item()
+
+    own, hinge, again = term(None), term("hinge"), term(None)
+    assert own == again
+    assert hinge < 0.9 * own
