@@ -217,19 +217,20 @@ class ControlListener:
         OSError
             When an acknowledgement cannot be written (the folder is gone or full).
         """
+        signature: tuple[int, int, int] | None
+        try:
+            signature = _signature(os.stat(self._order_path))  # noqa: PTH116 - a Path costs more than the call itself
+        except OSError:
+            signature = self._signature
+        if signature != self._signature:
+            self._signature = signature
+            return self._take(step)
+        # After the file: a newer order, or this one read again by a resumed trainer, says itself when it ends.
         if self._pending_expiry is not None and self._clock() >= self._pending_expiry[0]:
             order = self._pending_expiry[1]
             self._pending_expiry = None
             return order.ended()
-        try:
-            stat = os.stat(self._order_path)  # noqa: PTH116 - a Path costs more than the call itself
-        except OSError:
-            return None
-        signature = _signature(stat)
-        if signature == self._signature:
-            return None
-        self._signature = signature
-        return self._take(step)
+        return None
 
     def acknowledge(self, desired: Desired, step: int, status: AckStatus = "applied", message: str = "") -> None:
         """Answer an order that `poll` returned: ``applied`` (an expired one says ``expired``), or ``rejected``.

@@ -151,6 +151,33 @@ def test_a_restarted_trainer_applies_the_order_that_held_and_none_before_it(tmp_
     assert order.kss == ON
 
 
+def test_a_resumed_trainer_goes_on_with_its_order_when_a_newer_one_is_rejected(writer: ControlWriter, clock: Clock):
+    held = writer.issue("run", ON, Reason(), expires_in=60)
+    writer.issue("run", ON, Reason(), clip=1.0)
+    resumed = ControlListener(writer.folder, "run", clock=clock)
+    resumed.restore(held)
+    assert resumed.poll(1) is None
+    assert answer(writer.folder)["status"] == "rejected"
+    assert resumed.active == (1, ON)
+    clock.now += 61
+    ended = resumed.poll(2)
+    assert ended is not None
+    assert (ended.generation, ended.expired) == (1, True)
+
+
+def test_an_order_whose_time_ended_while_the_trainer_was_down_is_over_once(writer: ControlWriter, clock: Clock):
+    held = writer.issue("run", ON, Reason(), expires_in=60)
+    clock.now += 61
+    resumed = ControlListener(writer.folder, "run", clock=clock)
+    resumed.restore(held)
+    ended = resumed.poll(1)
+    assert ended is not None
+    assert ended.expired
+    resumed.acknowledge(ended, 1)
+    assert resumed.poll(2) is None
+    assert answer(writer.folder)["status"] == "expired"
+
+
 BROKEN = {
     "no JSON": "{",
     "a list": "[]",
