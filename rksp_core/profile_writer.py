@@ -51,9 +51,8 @@ class ProfileWriter:
         ``loss`` and ``gradient_norm`` (before clipping) may be None, not known, or not finite: then they are stored as
         None, too, and named in ``not_finite``.
         """
-        # A training loop holds them as tensors.
         given = {"loss": loss, "gradient_norm": gradient_norm}
-        figures = {name: None if value is None else float(value) for name, value in given.items()}
+        figures = {name: None if value is None else _number(value) for name, value in given.items()}
         stamped = dataclasses.replace(
             profile,
             step=step,
@@ -64,3 +63,9 @@ class ProfileWriter:
         path = self.folder / f"step-{step:08d}.json"
         stamped.save(path, eigenvalues=False)
         return path
+
+
+def _number(value: SupportsFloat) -> float:
+    """Return a number that a training loop may hold as a tensor, with its graph or on a GPU."""
+    detach = getattr(value, "detach", None)
+    return float(value if detach is None else detach())

@@ -202,7 +202,8 @@ def test_profile_writer_stamps_and_numbers_its_files(profile: ModelProfile, tmp_
     assert (stored.step, stored.loss, stored.gradient_norm) == (10, 2.0, None)
     assert stored.layers[0].eigenvalues is None
     assert stored.not_finite == ("gradient_norm",), "not finite is another thing than not known"
-    tensors = ModelProfile.load(writer.write(profile, 20, loss=torch.tensor(2.0), gradient_norm=torch.tensor(0.5)))
+    with_graph = torch.tensor(2.0, requires_grad=True)
+    tensors = ModelProfile.load(writer.write(profile, 20, loss=with_graph, gradient_norm=torch.tensor(0.5)))
     assert (tensors.loss, tensors.gradient_norm) == (2.0, 0.5), "a training loop holds tensors"
     assert not ProfileWriter(tmp_path / "other", every=0).due(0)
     assert not (tmp_path / "other").exists()
