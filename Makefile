@@ -29,13 +29,16 @@ bench: setup  ## every figure of the README and the CHANGELOG
 	$(BIN)/python benchmarks/profile_cost.py
 	$(BIN)/python benchmarks/kreiss.py
 	$(BIN)/python benchmarks/control_poll.py
+	$(BIN)/python benchmarks/kss_overhead.py
+	$(BIN)/python benchmarks/mamba_scan.py
+	$(BIN)/python benchmarks/norm_speed.py
 
 setup: .venv/.installed
 
 # torch comes from constraints.txt: an open range would pull a build with CUDA, several gigabytes.
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev,hf]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev,hf,lightning,trainer]' --constraint constraints.txt
 	touch $@
 
 clean:

@@ -79,7 +79,8 @@ def _summary(config: Config, result: dict[str, Any]) -> str:
     ending = f"{result['status']} at step {result['step']} of {config.steps}"
     if result["status"] == "diverged":
         ending = f"diverged at step {result['diverged_at']['rksp']} of {config.steps}"
-    figures = f"held-out loss {result['loss']}, accuracy {result['accuracy']:.3f}"
+    loss = "not finite" if result["loss"] is None else f"{result['loss']:.4f}"
+    figures = f"held-out loss {loss}, accuracy {result['accuracy']:.3f}"
     return f"{config.run_id} {ending}: {figures} ({config.output})"
 
 
