@@ -65,8 +65,6 @@ def _groups(section: Optimizer, model: nn.Module) -> list[dict[str, Any]]:
         group["weight_decay"] = section.weight_decay / factor if matrix else 0.0
         if name in factors:
             group["factor"] = factor
-        if isinstance(section, Lamb):
-            group["adapt"] = matrix
     return list(groups.values())
 
 

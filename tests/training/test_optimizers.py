@@ -22,7 +22,7 @@ SECTIONS = {
 }
 
 
-def adamw(x, gradients, decay, matrix):
+def adamw(x, gradients, decay):
     """Loshchilov and Hutter 2019, Algorithm 2, with the rate in front of the decay, as everybody has it."""
     m = v = torch.zeros_like(x)
     for t, g in enumerate(gradients, start=1):
@@ -32,7 +32,7 @@ def adamw(x, gradients, decay, matrix):
     return x
 
 
-def lion(x, gradients, decay, matrix):
+def lion(x, gradients, decay):
     """Chen et al. 2023, Algorithm 2."""
     m = torch.zeros_like(x)
     for g in gradients:
@@ -41,18 +41,18 @@ def lion(x, gradients, decay, matrix):
     return x
 
 
-def lamb(x, gradients, decay, matrix):
-    """You et al. 2020, Algorithm 2, phi(z) = z, the ratio for matrices; 1 where it is 0 / 0."""
+def lamb(x, gradients, decay):
+    """You et al. 2020, Algorithm 2, phi(z) = z; the ratio is 1 where it is 0 / 0."""
     m = v = torch.zeros_like(x)
     for t, g in enumerate(gradients, start=1):
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         r = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-6) + decay * x
         length, reach = math.sqrt((x**2).sum()), math.sqrt((r**2).sum())
-        x = x - RATE * (length / reach if matrix and length > 0 and reach > 0 else 1.0) * r
+        x = x - RATE * (length / reach if length > 0 and reach > 0 else 1.0) * r
     return x
 
 
-def sgd(x, gradients, decay, matrix, *, nesterov=False):
+def sgd(x, gradients, decay, *, nesterov=False):
     """Sutskever et al. 2013, in torch's form: the decay joins the gradient, the rate stays outside the velocity."""
     velocity = torch.zeros_like(x)
     for g in gradients:
@@ -97,8 +97,7 @@ def test_the_update_is_the_published_one(name):
     advance(model, build_optimizer(SECTIONS[name], model), range(STEPS))
     for index, (parameter, start) in enumerate(zip(model.parameters(), starts, strict=True)):
         gradients = [gradient(index, t, start) for t in range(STEPS)]
-        matrix = start.dim() >= 2
-        expected = ORACLES[name](start, gradients, DECAY if matrix else 0.0, matrix)
+        expected = ORACLES[name](start, gradients, DECAY if start.dim() >= 2 else 0.0)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-10, atol=1e-13)
 
 

@@ -37,7 +37,7 @@ class Lion(Section):
 
 
 class Lamb(Section):
-    """LAMB (You et al. 2020): the rate is the share of its own norm by which a matrix moves in a step."""
+    """LAMB (You et al. 2020): the rate is the share of its own norm by which a parameter moves in a step."""
 
     name: Literal["lamb"] = "lamb"
     learning_rate: Positive = 0.01

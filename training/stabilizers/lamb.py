@@ -20,9 +20,10 @@ class Lamb(torch.optim.Optimizer):
         r = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon) + weight_decay x
         x = x - rate |x| / |r| r                                       the ratio is 1 where |x| or |r| is 0
 
-    phi(|x|) of the paper is |x| itself, as in the authors' own code. A parameter that moves from 0 takes a first step
-    of the rate per entry, and then grows by at most that share a step: for biases that start at 0 this is almost a
-    standstill. So a group with ``adapt`` False takes r as it is, which the authors' code does for biases and gains.
+    phi(|x|) of the paper is |x| itself, as in the authors' own code. That code takes r as it is for biases and gains;
+    Algorithm 2 makes no such exception, and it does not pay: on associative recall (width 64, depth 2, rate 0.01, seeds
+    42 and 123) the loss of steps 251-300 was 1.86 and 1.89 with the ratio everywhere, 2.05 and 1.99 with the exception.
+    What starts at 0, a bias or the last matrix of a Fixup branch, makes one step of the rate and then hardly moves.
 
     Parameters
     ----------
@@ -30,8 +31,6 @@ class Lamb(torch.optim.Optimizer):
         Parameters, or groups of them.
     lr, betas, eps, weight_decay
         Rate, decay of both moments in [0, 1), epsilon above 0, share of x in r.
-    adapt
-        Whether the length of x scales the step.
     """
 
     def __init__(
@@ -41,9 +40,8 @@ class Lamb(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
-        adapt: bool = True,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": adapt})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -67,7 +65,6 @@ class Lamb(torch.optim.Optimizer):
         v = state["v"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
         scale = (v / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
         r = (m / (1 - beta1 ** state["step"])).div_(scale).add_(x, alpha=group["weight_decay"])
-        if group["adapt"]:
-            length, reach = x.norm(), r.norm()  # of the whole parameter, also where processes hold shares of it
-            r.mul_(torch.where((length > 0) & (reach > 0), length / reach, torch.ones_like(length)))
-        x.sub_(r, alpha=group["lr"])
+        length, reach = x.norm(), r.norm()  # of the whole parameter, also where processes hold shares of it
+        ratio = torch.where((length > 0) & (reach > 0), length / reach, torch.ones_like(length))
+        x.sub_(r.mul_(ratio), alpha=group["lr"])
