@@ -145,10 +145,22 @@ def dropping() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Embedding(32, 16), encoder, torch.nn.Linear(16, 32))
 
 
-def test_observing_changes_no_bit(configure):
+ARCHITECTURES = {
+    "gpt:GPT": {"heads": 2},
+    "moe:MoE": {"heads": 2, "experts": 4},
+    "mamba:Mamba": {},
+    "kan:KAN": {"heads": 2, "basis": 4},
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_observing_changes_no_bit(configure, architecture):
     """Profiles, checkpoints and a control folder that is polled, against a run with none of them."""
-    plain = configure("plain", checkpoint={"every": 20})
-    observed = configure("observed", checkpoint={"every": 3}, profile={"every": 2, "samples": 64, "sequences": 4})
+    arguments = {"vocabulary": 32, "length": 16, "width": 16, "depth": 2} | ARCHITECTURES[architecture]
+    model = {"factory": f"training.models.{architecture}", "arguments": arguments}
+    plain = configure("plain", checkpoint={"every": 20}, model=model)
+    observing = {"checkpoint": {"every": 3}, "profile": {"every": 2, "samples": 64, "sequences": 4}}
+    observed = configure("observed", model=model, **observing)
     train(plain, ALONE)
     train(observed, ALONE)
     assert len(list((Path(observed.output) / "profiles").iterdir())) == 11
