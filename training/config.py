@@ -97,6 +97,13 @@ class Limits(Section):
     clip: Range | None = (0.01, 100.0)
     learning_rate_scale: Range | None = (0.01, 1.0)
 
+    @model_validator(mode="after")
+    def _least_before_most(self) -> Limits:
+        for name, bounds in self:
+            if name != "variants" and bounds is not None and bounds[0] > bounds[1]:
+                raise ValueError(f"control.limits.{name} must be [least, most], got {list(bounds)}")
+        return self
+
 
 class Control(Section):
     """Where orders come from (null: ``<output>/control``), read every so many steps, and what they may ask for."""
