@@ -1,12 +1,13 @@
 """Checkpoints that appear complete in one rename, and what a bitwise exact resume needs beside the weights.
 
     checkpoints/step-00000100/
-        checkpoint.json       schema, run_id, step, metrics of the last step, configuration, state (KSS, labels, levers)
-      and, by ``checkpoint.format``,
+        checkpoint.json       schema, run_id, step, metrics of the last step, configuration, state (KSS, labels, levers)      and, by ``checkpoint.format``,
         model.safetensors     safetensors: the weights; all that a monitor reads
         model.pt              pt: {"model": weights}, for ``torch.load(weights_only=True)``
-        training_state.pt     both: the optimizer, and weights as they are trained where that is another form
+        training_state.pt     both: the optimizer
         .metadata, *.distcp   dcp: "model" and "optimizer" by `torch.distributed.checkpoint`, a shard a process
+
+Where weights are trained in another form (spectral or weight normalization), that form is kept beside the plain one.
 
 The folder is filled under a name that starts with a dot, every file is synced, then it is renamed: whoever sees
 ``step-00000100`` sees all of it. Every process must call `CheckpointWriter.write`: sharded weights are gathered.
@@ -236,6 +237,8 @@ def _shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     weights, state = get_state_dict(model, optimizer)
+    if parametrized(model):
+        return {"model": plain_state_dict(model), "optimizer": state, "trained": weights}
     return {"model": weights, "optimizer": state}
 
 
@@ -246,7 +249,8 @@ def _load_shards(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Opti
     content = _shards(model, optimizer)
     _one_process_is_fine()
     dcp.load(content, checkpoint_id=checkpoint)
-    set_state_dict(model, optimizer, model_state_dict=content["model"], optim_state_dict=content["optimizer"])
+    weights = content.get("trained", content["model"])
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=content["optimizer"])
 
 
 def _one_process_is_fine() -> None:

@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt-mup": {"arguments": {"initialization": "mup", "base_width": 8}},
     "gpt-spectral-norm": {"stabilizers": {"spectral_norm": {}}},
     "gpt-weight-norm": {"stabilizers": {"weight_norm": {}}},
+    "gpt-weight-norm-dcp": {"stabilizers": {"weight_norm": {}}, "checkpoint": {"every": 2, "format": "dcp"}},
     "gpt-checkpointed-lamb": {"activation_checkpointing": True, "optimizer": {"name": "lamb"}},
     "moe": {"factory": "training.models.moe:MoE", "arguments": {"experts": 4, "heads": 2}},
     "mamba": {"factory": "training.models.mamba:Mamba"},

@@ -88,8 +88,9 @@ def test_each_format_resumes_exactly(configure, form):
         {"precision": "bfloat16"},
         {"activation_checkpointing": True, "kss": KSS},
         {"accumulation": 4, "kss": KSS},
+        {"stabilizers": {"spectral_norm": {}}, "checkpoint": {"every": 10, "format": "dcp"}},
     ],
-    ids=["bfloat16", "activation_checkpointing", "accumulation"],
+    ids=["bfloat16", "activation_checkpointing", "accumulation", "spectral_norm-dcp"],
 )
 def test_each_way_to_compute_resumes_exactly(configure, sections):
     whole, parts = configure("whole", **sections), configure("parts", **sections)
