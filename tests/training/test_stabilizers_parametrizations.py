@@ -7,6 +7,7 @@ from torch import nn
 from rksp_core import profile_model
 from rksp_core.errors import ConfigError
 from training.models.gpt import GPT
+from training.models.moe import MoE
 from training.optimizers import build_optimizer
 from training.schema.optimizer import AdamW
 from training.schema.stabilizers import Stabilizers
@@ -119,6 +120,8 @@ def test_what_cannot_be_normalized_is_named(norm):
     nn.init.zeros_(gpt.blocks[1].mlp.output.weight)
     with pytest.raises(ConfigError, match=r"norm of blocks.1.mlp.output.weight, which starts at 0; choose another"):
         apply_parametrizations(Stabilizers(**{norm: {}}), gpt)
+    with pytest.raises(ConfigError, match=r"and blocks.0.mlp.up.weight \(2, 64, 16\) is none; choose another"):
+        apply_parametrizations(Stabilizers(**{norm: {}}), MoE(32, 8, 16, 1, 2, experts=2))
     gpt = model(None)
     gpt.learning_rate_factors = lambda: {"blocks.0.mlp.up.weight": 0.5}
     with pytest.raises(ConfigError, match="to which the learning rates of muP belong"):

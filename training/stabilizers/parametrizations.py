@@ -3,7 +3,9 @@
     spectral_norm   W / sigma, sigma = u^T W v from a power iteration (Miyato et al. 2018, arXiv:1802.05957)
     weight_norm     g v / |v| for each row of W (Salimans and Kingma 2016, arXiv:1602.07868)
 
-"The matrices" are the weights of the `nn.Linear` modules in the blocks; embeddings, head and norms stay as they are.
+The matrices are the weights of the `nn.Linear` modules in the blocks; embeddings, convolutions, head and norms stay as
+they are. A block with other matrices (the experts of a mixture, the splines of a KAN) is refused: torch would take a
+stack of them for one.
 """
 
 from __future__ import annotations
@@ -31,14 +33,12 @@ def apply_parametrizations(section: Stabilizers, model: nn.Module) -> None:
     Raises
     ------
     ConfigError
-        When there is no such matrix, one cannot be normalized because it is 0, or their size is that of muP.
+        When a block has no such matrix or others, one is 0 and cannot be normalized, or their size is that of muP.
     """
     if section.spectral_norm is None and section.weight_norm is None:
         return
     method = "weight_norm" if section.spectral_norm is None else "spectral_norm"
-    found = _linear_maps(model)
-    if not found:
-        raise ConfigError(f"stabilizers.{method} needs an nn.Linear in the blocks of the model, and there is none")
+    found = _linear_maps(model, method)
     if any(factor != 1 for factor in getattr(model, "learning_rate_factors", dict)().values()):
         raise ConfigError(
             f"stabilizers.{method} takes the size of the matrices away, to which the learning rates of muP belong; "
@@ -77,13 +77,22 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _linear_maps(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [
-        (f"{block.name}.{name}" if name else block.name, module)
-        for block in find_blocks(model)
-        for name, module in block.module.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
+def _linear_maps(model: nn.Module, method: str) -> list[tuple[str, nn.Linear]]:
+    found = []
+    for block in find_blocks(model):
+        for name, module in block.module.named_modules(prefix=block.name):
+            if isinstance(module, nn.Linear):
+                found.append((name, module))
+            elif not isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d):
+                for other, parameter in module.named_parameters(prefix=name, recurse=False):
+                    if parameter.dim() >= 2:
+                        raise ConfigError(
+                            f"stabilizers.{method} normalizes the weights of nn.Linear modules, and {other} "
+                            f"{tuple(parameter.shape)} is none; choose another stabilizer for this model"
+                        )
+    if not found:
+        raise ConfigError(f"stabilizers.{method} needs an nn.Linear in the blocks of the model, and there is none")
+    return found
 
 
 def _iterate(model: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG001
