@@ -25,7 +25,8 @@ def build_optimizer(section: Optimizer, model: nn.Module) -> torch.optim.Optimiz
     Raises
     ------
     ConfigError
-        When a factor belongs to no parameter, is not above 0, or stands beside an optimizer that is not Adam's kin.
+        When a factor belongs to no parameter, is not above 0, or stands beside an optimizer that is not Adam's kin; when
+        Lion's package is missing.
     """
     groups = _groups(section, model)
     if isinstance(section, AdamW):
@@ -40,8 +41,10 @@ def build_optimizer(section: Optimizer, model: nn.Module) -> torch.optim.Optimiz
             fused=not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()),  # not for shards
         )
     if isinstance(section, Lion):
-        from lion_pytorch import Lion as TorchLion
-
+        try:
+            from lion_pytorch import Lion as TorchLion
+        except ImportError as error:
+            raise ConfigError("optimizer.name: lion needs lion-pytorch; pip install 'rksp[trainer]'") from error
         return TorchLion(groups, lr=section.learning_rate, betas=section.betas)
     from training.stabilizers.lamb import Lamb as TorchLamb
 

@@ -1,6 +1,7 @@
 """Each optimizer against its published update written plainly, over a few steps in float64; groups, muP, and resume."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -178,6 +179,12 @@ def test_factors_that_cannot_be_meant(section, factors, message):
     model.learning_rate_factors = lambda: factors
     with pytest.raises(ConfigError, match=message):
         build_optimizer(section, model)
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lion_pytorch", None)
+    with pytest.raises(ConfigError, match=r"optimizer.name: lion needs lion-pytorch; pip install 'rksp\[trainer\]'"):
+        build_optimizer(Lion(), plain_model())
 
 
 @pytest.mark.parametrize(
