@@ -25,8 +25,8 @@ def build_optimizer(section: Optimizer, model: nn.Module) -> torch.optim.Optimiz
     Raises
     ------
     ConfigError
-        When a factor belongs to no parameter, is not above 0, or stands beside an optimizer that is not Adam's kin; when
-        Lion's package is missing.
+        When a factor belongs to no parameter, is not above 0, or stands beside an optimizer that is not Adam's kin;
+        when Lion's package is missing.
     """
     groups = _groups(section, model)
     if isinstance(section, AdamW):
