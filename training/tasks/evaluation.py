@@ -11,10 +11,8 @@ from torch import Tensor
 from training.tasks import EVALUATION, Task
 from training.tasks.next_token import NextToken
 
-AT_ONCE = 32  # the logits of 32 sequences of 256 tokens and 10 000 ids are 330 MB, those of 512 sequences 5.2 GB
 
-
-def evaluate(task: Task, forward: Callable[[Tensor], Tensor], items: int) -> dict[str, Any]:
+def evaluate(task: Task, forward: Callable[[Tensor], Tensor], items: int, at_once: int) -> dict[str, Any]:
     """Return loss, accuracy and, for language modelling, perplexity over held-out sequences or images.
 
     Parameters
@@ -23,6 +21,8 @@ def evaluate(task: Task, forward: Callable[[Tensor], Tensor], items: int) -> dic
         What is asked, and inputs -> logits, without gradients.
     items
         How many sequences or images; fewer where the task does not have so many.
+    at_once
+        Items in a forward pass: the logits of 512 sequences of 256 tokens and 10 000 ids would be 5.2 GB.
 
     Returns
     -------
@@ -33,7 +33,7 @@ def evaluate(task: Task, forward: Callable[[Tensor], Tensor], items: int) -> dic
     items = min(items, task.evaluation_items or items)
     batch = task.batch(EVALUATION, 0, items)
     loss = accuracy = 0.0
-    for inputs, targets in zip(batch.inputs.split(AT_ONCE), batch.targets.split(AT_ONCE), strict=True):
+    for inputs, targets in zip(batch.inputs.split(at_once), batch.targets.split(at_once), strict=True):
         logits = forward(inputs)
         wanted = targets.to(logits.device)
         loss += float(task.loss(logits, wanted)) * len(inputs) / items
