@@ -1,7 +1,8 @@
 """Checkpoints that appear complete in one rename, and what a bitwise exact resume needs beside the weights.
 
     checkpoints/step-00000100/
-        checkpoint.json       schema, run_id, step, metrics of the last step, configuration, state (KSS, labels, levers)      and, by ``checkpoint.format``,
+        checkpoint.json       schema, run_id, step, metrics of the last step, configuration, state (KSS, labels, order)
+      and, by ``checkpoint.format``,
         model.safetensors     safetensors: the weights; all that a monitor reads
         model.pt              pt: {"model": weights}, for ``torch.load(weights_only=True)``
         training_state.pt     both: the optimizer
