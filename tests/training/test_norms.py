@@ -1,4 +1,4 @@
-"""Each norm is the formula of its paper, and its initialization too."""
+"""Each residual connection is the formula of its paper; so is the initialization that belongs to it."""
 
 import math
 
@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rksp_core import find_blocks
+from rksp_core import find_blocks, profile_model
 from rksp_core.errors import ConfigError
 from training.models.gpt import GPT
-from training.models.norms import NORMS
+from training.models.norms import NORMS, Fixup, ReZero
 
 WIDTH, DEPTH = 64, 4
 
@@ -38,11 +38,34 @@ def rms(x: torch.Tensor) -> torch.Tensor:
         ("rmsnorm", lambda x, f: x + f(rms(x))),
         ("deepnorm", lambda x, f: layer_norm((2 * DEPTH) ** 0.25 * x + f(x))),
         ("subln", lambda x, f: x + f(layer_norm(x))),
+        ("deepnorm_pre_ln", lambda x, f: (2 * DEPTH) ** 0.25 * x + f(layer_norm(x))),
     ],
 )
 def test_a_residual_connection_is_its_published_formula(norm, formula):
     x = torch.randn(2, 3, WIDTH)
     torch.testing.assert_close(NORMS[norm](WIDTH, DEPTH)(x, torch.sin), formula(x, torch.sin), rtol=1e-5, atol=1e-5)
+
+
+def test_fixup_and_rezero_join_by_scalars():
+    x = torch.randn(2, 3, WIDTH)
+    fixup, rezero = Fixup(WIDTH, DEPTH), ReZero(WIDTH, DEPTH)
+    torch.testing.assert_close(fixup(x, torch.sin), x + torch.sin(x))
+    torch.testing.assert_close(rezero(x, torch.sin), x)
+    with torch.no_grad():
+        fixup.multiplier.fill_(3)
+        fixup.shift.bias.fill_(0.5)
+        rezero.multiplier.fill_(2)
+    torch.testing.assert_close(fixup(x, torch.sin), x + 3 * torch.sin(x + 0.5))
+    torch.testing.assert_close(rezero(x, torch.sin), x + 2 * torch.sin(x))
+
+
+def test_the_pre_ln_form_of_deepnorm_expands_every_mode_and_the_published_form_does_not():
+    """Kim et al. 2026, Table 1, DeepNorm: near-unit mass 0.00, expansive mass 1.00."""
+    tokens = torch.randint(32, (32, 16), generator=torch.Generator().manual_seed(0))
+    masses = {norm: profile_model(gpt(norm), tokens).summary for norm in ("deepnorm", "deepnorm_pre_ln")}
+    assert masses["deepnorm_pre_ln"]["near_unit_mass"]["mean"] == 0
+    assert masses["deepnorm_pre_ln"]["expansive_mass"]["mean"] > 0.98
+    assert masses["deepnorm"]["near_unit_mass"]["mean"] > 0.5
 
 
 def test_subln_has_a_norm_in_front_of_each_output_projection():
@@ -79,7 +102,7 @@ def test_deepnorm_and_subln_scale_value_output_and_mlp_but_not_query_and_key(nor
         assert not linear.bias.any()
 
 
-@pytest.mark.parametrize("norm", ["no_norm", "pre_ln", "post_ln", "rmsnorm"])
+@pytest.mark.parametrize("norm", ["no_norm", "pre_ln", "post_ln", "rmsnorm", "deepnorm_pre_ln"])
 def test_the_other_norms_start_as_gpt2_does(norm):
     model = gpt(norm)
     scaled = 0.02 / math.sqrt(2 * DEPTH)
