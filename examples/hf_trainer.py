@@ -8,8 +8,7 @@ and in another one, to watch its profiles and checkpoints, and to let it switch 
 
     rksp watch runs/hf --model runs/hf/config.json --enforce
 
-Without ``--enforce`` the watcher only observes. With several processes: ``torchrun --nproc-per-node=2`` in place of
-``python``. ``--resume`` goes on from the newest checkpoint.
+Without ``--enforce`` the watcher only observes. ``--resume`` goes on from the newest checkpoint.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rksp_core.errors import ConfigError, ModelError
 from rksp_core.integrations.learning_rate import LearningRateScale
-from rksp_core.integrations.loop import Loop, log_figures
+from rksp_core.integrations.loop import Loop
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -35,10 +35,10 @@ STATE = "rksp"
 class RkspCallback(Loop, TrainerCallback):
     """Obeys a monitor at the optimizer steps of a Hugging Face `Trainer`, adds the KSS term, writes profiles.
 
-    The arguments are those of `rksp_core.integrations.loop.Loop`. ``kss_weight``, ``kss_term`` (the last one since the
-    previous log) and ``kss_skipped_layers`` join the Trainer's log. A step whose weights are profiled is logged, as
-    the loss and the gradient norm of the profile are those of the log: so the loss is the mean since the previous
-    log, KSS term included.
+    The arguments are those of `rksp_core.integrations.loop.Loop`. ``kss_weight``, ``kss_term`` (the last one) and
+    ``kss_skipped_layers`` join the Trainer's log. A step whose weights are profiled is logged, as the loss and the
+    gradient norm of the profile are those of the log: so the loss is the mean since the previous log, KSS term
+    included.
 
     An order's clip threshold takes the place of ``max_grad_norm``, its factor multiplies whatever the scheduler says.
     KSS steps and the order that holds are kept in ``trainer_state.json`` and come back with
@@ -55,7 +55,6 @@ class RkspCallback(Loop, TrainerCallback):
 
     def __init__(self, run_folder: str | os.PathLike[str], **settings: Any) -> None:
         super().__init__(run_folder, **settings)
-        self._term: Tensor | None = None
         self._checked = False
         self._rate: LearningRateScale | None = None
         self._clip = 0.0
@@ -115,10 +114,9 @@ class RkspCallback(Loop, TrainerCallback):
         """Add to the log what KSS did, and write the profile of this step."""
         if not logs or "loss" not in logs:
             return
-        figures = log_figures(self.regularizer, self._term)
+        figures = {name: float(value) for name, value in self.figures().items()}
         logs.update(figures)
         state.log_history[-1].update(figures)
-        self._term = None
         if self.profile_due(state.global_step):
             first = state.is_world_process_zero
             loss, norm = logs["loss"], logs.get("grad_norm")
@@ -153,10 +151,9 @@ class RkspCallback(Loop, TrainerCallback):
                 "KSSRegularizer in a compute_loss of your own"
             )
         self._checked = True
-        term = self.regularizer.term()
-        if not term.requires_grad:
+        term = self.take_term()
+        if term is None:
             return output
-        self._term = term.detach()
         total = loss + share * term.to(loss.device)
         if isinstance(output, dict):
             output["loss"] = total

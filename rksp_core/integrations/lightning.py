@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from rksp_core.errors import ConfigError
 from rksp_core.integrations.learning_rate import LearningRateScale
-from rksp_core.integrations.loop import Loop, log_figures
+from rksp_core.integrations.loop import Loop
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -33,11 +33,11 @@ except ImportError as error:
 class RkspCallback(Loop, Callback):
     """Obeys a monitor at the optimizer steps of a Lightning `Trainer`, adds the KSS term, writes profiles.
 
-    ``kss_weight``, ``kss_term`` and ``kss_skipped_layers`` are logged with the module's own figures. An order's clip
-    threshold takes the place of ``gradient_clip_val``, its factor multiplies whatever the schedulers say. KSS steps
-    and the order that holds are kept in checkpoints. With automatic optimization a step is an optimizer step; with
-    manual optimization it is a batch, and the term joins the first loss given to ``manual_backward`` after a forward
-    pass.
+    ``kss_weight``, ``kss_term`` (the last one) and ``kss_skipped_layers`` are logged with the module's own figures. An
+    order's clip threshold takes the place of ``gradient_clip_val``, its factor multiplies whatever the schedulers say.
+    KSS steps and the order that holds are kept in checkpoints. With automatic optimization a step is an optimizer
+    step; with manual optimization it is a batch, and the term joins the first loss given to ``manual_backward`` after
+    a forward pass.
 
     Parameters
     ----------
@@ -58,7 +58,6 @@ class RkspCallback(Loop, Callback):
         super().__init__(run_folder, **settings)
         self._name = network
         self._network: nn.Module = nn.Identity()
-        self._term: Tensor | None = None
         self._norm: Tensor | None = None
         self._rate: LearningRateScale | None = None
         self._clip: float | None = None
@@ -88,10 +87,9 @@ class RkspCallback(Loop, Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Add the term to the loss, scaled as Lightning has scaled it."""
-        term = self.regularizer.term()
-        if not term.requires_grad:
+        term = self.take_term()
+        if term is None:
             return
-        self._term = term.detach()
         if pl_module.automatic_optimization:
             term = term / trainer.accumulate_grad_batches
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -109,8 +107,7 @@ class RkspCallback(Loop, Callback):
     ) -> None:
         """Switch the regularizer off, log what it did, and write a profile after the optimizer step that is due."""
         self._window.close()
-        pl_module.log_dict(log_figures(self.regularizer, self._term), batch_size=1)
-        self._term = None
+        pl_module.log_dict(self.figures(), batch_size=1)
         norm, self._norm = self._norm, None
         if self.profile_due(trainer.global_step):
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else None

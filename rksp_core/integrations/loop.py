@@ -79,6 +79,7 @@ class Loop:
         self._begun = False
         self._kept: dict[str, Any] = {}  # a state that was loaded before there was a model
         self._window = ExitStack()
+        self._term: float | Tensor = 0.0
         self._profiled: int | None = None
 
     def begin(self, model: nn.Module, step: int) -> None:
@@ -114,6 +115,20 @@ class Loop:
             self.regularizer.load_state_dict(state_dict["kss"])
             self.follower.load_state_dict(state_dict["control"])
 
+    def take_term(self) -> Tensor | None:
+        """Return the KSS term of the forward passes since the last call, None when none was due."""
+        term = self.regularizer.term()
+        if not term.requires_grad:
+            return None
+        self._term = term.detach()
+        return term
+
+    def figures(self) -> dict[str, float | Tensor]:
+        """Return what a log says about KSS: the weight, the last weighted term (0 while off), layers without a term."""
+        alpha = self.regularizer.settings.alpha
+        skipped = float(self.regularizer.skipped_layers)
+        return {"kss_weight": alpha, "kss_term": self._term if alpha > 0 else 0.0, "kss_skipped_layers": skipped}
+
     def profile_due(self, step: int) -> bool:
         """Whether a profile is wanted of the weights after this many updates."""
         return self._every > 0 and step % self._every == 0 and step != self._profiled
@@ -142,15 +157,6 @@ class Loop:
                 writer.write(profile, step, loss=loss, gradient_norm=gradient_norm)
         except Exception as error:  # noqa: BLE001 - a run of days is worth more than a profile of it
             _log.warning("no profile at step %d: %s", step, error)
-
-
-def log_figures(regularizer: KSSRegularizer, term: Tensor | None) -> dict[str, float]:
-    """Return what a trainer's log says about KSS: weight, last weighted term (0 for none), layers without a term."""
-    return {
-        "kss_weight": regularizer.settings.alpha,
-        "kss_term": 0.0 if term is None else float(term),
-        "kss_skipped_layers": float(regularizer.skipped_layers),
-    }
 
 
 def _sharded(model: nn.Module) -> bool:

@@ -1,0 +1,75 @@
+"""One process that follows: what holds after each order, after a restart, and when the answer cannot be written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rksp_core import KSSRegularizer, KSSSettings, Limits
+from rksp_core.control import ControlWriter
+from rksp_core.follower import ControlFollower
+from rksp_core.orders import Levers, Reason
+from tests.integrations.words import Words
+
+ALL = Limits(clip=(0.1, 10.0), learning_rate_scale=(0.1, 1.0))
+ORDER = KSSSettings(0.2, 7, 0.3, 0.45, "hinge")
+
+
+def follower(folder: Path) -> tuple[ControlFollower, KSSRegularizer]:
+    regularizer = KSSRegularizer(Words(), alpha=0.05)
+    return ControlFollower(folder, "run", regularizer, ALL), regularizer
+
+
+def test_an_order_reaches_the_regularizer_and_the_levers_beside_it(tmp_path: Path) -> None:
+    one, regularizer = follower(tmp_path)
+    assert one.follow(0) is None
+    assert one.levers.alpha == 0.05
+    ControlWriter(tmp_path).issue("run", ORDER, Reason(), clip=0.5, learning_rate_scale=0.25)
+    assert one.follow(3) == one.levers == Levers.of(ORDER, 0.5, 0.25)
+    assert regularizer.settings == ORDER
+    assert one.follow(4) is None
+    answer = json.loads((tmp_path / "applied.json").read_text())
+    assert (answer["status"], answer["step"], answer["active"]["clip"]) == ("applied", 3, 0.5)
+
+
+def test_an_order_whose_time_is_over_gives_everything_back(tmp_path: Path) -> None:
+    one, regularizer = follower(tmp_path)
+    ControlWriter(tmp_path).issue("run", ORDER, Reason(), clip=0.5, expires_in=-1.0)
+    assert one.follow(0) is not None
+    assert (one.levers.alpha, one.levers.clip, regularizer.settings.alpha) == (0.0, None, 0.0)
+
+
+def test_a_restored_follower_holds_the_order_and_takes_a_newer_one(tmp_path: Path) -> None:
+    one, _ = follower(tmp_path / "here")
+    ControlWriter(tmp_path / "here").issue("run", ORDER, Reason(), clip=0.5, expires_in=3600.0)
+    one.follow(0)
+    state = json.loads(json.dumps(one.state_dict()))
+    other, regularizer = follower(tmp_path / "there")
+    other.load_state_dict(state)
+    assert other.levers == one.levers
+    assert regularizer.settings == ORDER
+    writer = ControlWriter(tmp_path / "there")
+    writer.issue("run", KSSSettings(0.1), Reason(), known=1)
+    assert other.follow(9) == Levers(0.1)
+
+
+def test_an_answer_that_cannot_be_written_is_logged_and_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, regularizer = follower(tmp_path / "gone")
+    ControlWriter(tmp_path / "gone").issue("run", ORDER, Reason())
+    acknowledge = one._listener.acknowledge
+
+    def after_the_folder_went(*args: object) -> None:
+        shutil.rmtree(tmp_path / "gone")
+        acknowledge(*args)
+
+    monkeypatch.setattr(one._listener, "acknowledge", after_the_folder_went)
+    with caplog.at_level(logging.WARNING):
+        assert one.follow(5) is not None
+    assert regularizer.settings == ORDER
+    assert "step 5: the answer cannot be written" in caplog.text

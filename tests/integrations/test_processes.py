@@ -1,0 +1,38 @@
+"""Two processes under the Hugging Face Trainer make the steps of one: orders, terms, clipping, weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = "tests.integrations.each_rank"
+
+
+def trained(folder: Path, processes: int) -> list[dict[str, Any]]:
+    folder.mkdir()
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "-m", SCRIPT, str(folder), str(processes)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240)
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_steps_of_one(tmp_path: Path) -> None:
+    """In float64, with rows of unlike lengths, an order that comes between two micro-batches, and all its levers."""
+    (one,) = trained(tmp_path / "one", 1)
+    first, second = trained(tmp_path / "two", 2)
+    assert first["weights"] == one["weights"] == [0.0] * 3 + [4.0] * 3
+    assert first["terms"] == pytest.approx(one["terms"], rel=1e-10)
+    assert first["terms"][3] > 0
+    assert first["model"] == second["model"]
+    assert first["model"] == pytest.approx(one["model"], rel=1e-10)
+    answer = json.loads((tmp_path / "two" / "control" / "applied.json").read_text())
+    assert (answer["status"], answer["step"], answer["active"]["clip"]) == ("applied", 3, 0.5)
