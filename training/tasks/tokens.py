@@ -2,6 +2,7 @@
 
 The file's name is a hash of what the tokens depend on: each file's name, size and time of change, the separator and the
 tokenizer. It appears complete or not at all, and of several processes that want it, one writes it and the others wait.
+Files of texts that have changed since stay until somebody removes them.
 Tokenizing holds a few megabytes at a time: a text is cut into pieces where a word ends and a space follows. Tokenizers
 of GPT's kind split there anyway; one that marks where a text begins (SentencePiece's kind) may give another token.
 """
