@@ -24,8 +24,7 @@ from accelerate.utils import set_seed
 from byte_text import ByteModel, arguments, next_byte_loss, windows
 from torch.utils.data import DataLoader
 
-from rksp_core import KSSRegularizer, ProfileWriter, profile_model
-from rksp_core.follower import ControlFollower
+from rksp_core import ControlFollower, KSSRegularizer, ProfileWriter, profile_model
 
 LENGTH = 64
 

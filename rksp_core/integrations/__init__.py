@@ -7,6 +7,6 @@
     trainer = Trainer(..., callbacks=[callback])
 
 and beside it ``rksp watch runs/my-run --enforce``. A loop of your own, with Accelerate or without, needs no adapter:
-`rksp_core.KSSRegularizer` as the context of the forward pass, and one `rksp_core.follower.ControlFollower`.
+`rksp_core.KSSRegularizer` as the context of the forward pass, and one `rksp_core.ControlFollower`.
 Each module here imports its trainer when it is imported itself, never before. `loop.py` is what both callbacks share.
 """

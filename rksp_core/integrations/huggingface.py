@@ -12,7 +12,6 @@ weight, the hook divides by it (`_share`).
 
 from __future__ import annotations
 
-import os
 from typing import Any, cast
 
 import torch
@@ -36,9 +35,9 @@ class RkspCallback(Loop, TrainerCallback):
     """Obeys a monitor at the optimizer steps of a Hugging Face `Trainer`, adds the KSS term, writes profiles.
 
     The arguments are those of `rksp_core.integrations.loop.Loop`. ``kss_weight``, ``kss_term`` (the last one) and
-    ``kss_skipped_layers`` join the Trainer's log. A step whose weights are profiled is logged, as the loss and the
-    gradient norm of the profile are those of the log: so the loss is the mean since the previous log, KSS term
-    included.
+    ``kss_skipped_layers`` join the Trainer's log and its history; the reporters of ``report_to`` run before other
+    callbacks and do not see them. A step whose weights are profiled is logged, as the loss and the gradient norm of
+    the profile are those of the log: so the loss is the mean since the previous log, KSS term included.
 
     An order's clip threshold takes the place of ``max_grad_norm``, its factor multiplies whatever the scheduler says.
     KSS steps and the order that holds are kept in ``trainer_state.json`` and come back with
@@ -53,11 +52,9 @@ class RkspCallback(Loop, TrainerCallback):
         due.
     """
 
-    def __init__(self, run_folder: str | os.PathLike[str], **settings: Any) -> None:
-        super().__init__(run_folder, **settings)
-        self._checked = False
-        self._rate: LearningRateScale | None = None
-        self._clip = 0.0
+    _checked = False  # that the model returns a loss
+    _rate: LearningRateScale | None = None
+    _clip = 0.0  # the Trainer's own
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
