@@ -8,6 +8,7 @@ An unknown error keeps Python's traceback and exit code 1.
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 import threading
@@ -23,6 +24,8 @@ DIVERGED = 4
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = _parser().parse_args(argv)
+    logging.basicConfig(format="training: %(message)s", stream=sys.stderr)
+    logging.getLogger("training").setLevel(logging.INFO)
     try:
         config = read_config(arguments.config, arguments.set)
         return _check(config) if arguments.check else _train(config, resume=arguments.resume, until=arguments.until)
@@ -81,6 +84,8 @@ def _summary(config: Config, result: dict[str, Any]) -> str:
         ending = f"diverged at step {result['diverged_at']['rksp']} of {config.steps}"
     loss = "not finite" if result["loss"] is None else f"{result['loss']:.4f}"
     figures = f"held-out loss {loss}, accuracy {result['accuracy']:.3f}"
+    if result.get("perplexity") is not None:
+        figures += f", perplexity {result['perplexity']:.4g}"
     return f"{config.run_id} {ending}: {figures} ({config.output})"
 
 

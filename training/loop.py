@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,8 @@ from training.ranks import Ranks
 from training.run import Run, build_run
 from training.run_folder import newest_checkpoint, open_folder, write_probe
 from training.step import advance, autocast
-from training.tasks import EVALUATION, PROBE
+from training.tasks import PROBE
+from training.tasks.evaluation import evaluate
 
 EVALUATED_SEQUENCES = 512
 
@@ -90,7 +90,10 @@ def obey(run: Run, *, stop: bool, say: Say) -> bool:
 
 def conclude(run: Run, *, seconds: float) -> dict[str, Any]:
     """Evaluate the run on held-out sequences and say how it ended."""
-    loss, accuracy = evaluate(run)
+    with evaluating(run.model), autocast(run):
+        figures = evaluate(
+            run.task, lambda inputs: run.model(run.to_model(inputs)), EVALUATED_SEQUENCES, run.config.task.batch
+        )
     return {
         "schema": "rksp.result/1",
         "run_id": run.config.run_id,
@@ -98,32 +101,16 @@ def conclude(run: Run, *, seconds: float) -> dict[str, Any]:
         "step": run.step,
         "horizon": run.config.steps,
         "diverged_at": {"paper": run.labels.paper, "rksp": run.labels.rksp},
-        "loss": loss if math.isfinite(loss) else None,
-        "accuracy": accuracy,
-        "evaluated_sequences": EVALUATED_SEQUENCES,
+        **figures,
         "kss_skipped_layers": run.regularizer.skipped_layers,
         "seconds": round(seconds, 3),
     }
 
 
-def evaluate(run: Run) -> tuple[float, float]:
-    """Return loss and accuracy on held-out examples, a batch of the run's size at a time."""
-    held_out = run.task.batch(EVALUATION, 0, EVALUATED_SEQUENCES)
-    parts = list(zip(*(part.split(run.config.task.batch) for part in held_out), strict=True))
-    loss = accuracy = 0.0
-    with evaluating(run.model), autocast(run):
-        for inputs, targets in parts:
-            logits, labels = run.model(inputs.to(run.ranks.device)), targets.to(run.ranks.device)
-            share = len(inputs) / EVALUATED_SEQUENCES
-            loss += share * float(run.task.loss(logits, labels))
-            accuracy += share * float(run.task.accuracy(logits, labels))
-    return loss, accuracy
-
-
 def _observers(run: Run, others: list[Observer], say: Say) -> list[Observer]:
     """Return what acts after each step; the checkpoint comes last: what it stands for is on disk by then."""
     probe = run.task.batch(PROBE, 0, run.config.profile.sequences).inputs
-    together: list[Observer] = [Profiles(run, probe.to(run.ranks.device), say), Checkpoints(run)]
+    together: list[Observer] = [Profiles(run, run.to_model(probe), say), Checkpoints(run)]
     if not run.ranks.first:
         return together
     write_probe(Path(run.config.output), {run.task.inputs_name: probe})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rksp_core import ControlFollower, KSSRegularizer, Limits, find_blocks
 from rksp_core.errors import ConfigError
@@ -43,6 +43,11 @@ class Run:
     def diverged(self) -> bool:
         """Whether the label `rksp` holds."""
         return self.labels.rksp is not None
+
+    def to_model(self, inputs: Tensor) -> Tensor:
+        """Return inputs where and as the model takes them: on its device, images in float64 where it is."""
+        inputs = inputs.to(self.ranks.device)
+        return inputs.double() if self.config.precision == "float64" and inputs.is_floating_point() else inputs
 
     def state(self) -> dict[str, Any]:
         """Return what a resume needs beside weights and optimizer, as plain JSON.

@@ -125,7 +125,8 @@ def _gradients(run: Run, step: int, parameters: list[nn.Parameter]) -> _Figures:
         last = index == count - 1
         with synchronized(run.parallel, last):
             with autocast(run):
-                loss = run.task.loss(run.parallel(run.ranks.share(inputs)), run.ranks.share(targets))
+                logits = run.parallel(run.to_model(run.ranks.share(inputs)))
+                loss = run.task.loss(logits, run.ranks.share(targets))
                 term = run.regularizer.term().to(loss.device)
                 added = sum((penalty.term(loss) for penalty in run.penalties), _auxiliary_loss(run))
             kss_gradients.add(term / count)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -21,6 +22,8 @@ from filelock import FileLock
 
 from rksp_core.errors import ConfigError
 from training.tasks.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 FOLDER = ".rksp-tokens"
 FORMAT = 1
@@ -54,6 +57,7 @@ def read_tokens(text: Path, suffix: str, separator: str, tokenizer: Tokenizer, c
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(target.with_suffix(".lock")):
                 if not target.exists():
+                    _log.info("tokenizing %s; the tokens are kept in %s", text, folder)
                     _write(target, _encoded(_pieces(files, separator), tokenizer), kind)
         return np.asarray(np.memmap(target, dtype=kind, mode="r"))
     except OSError as error:
