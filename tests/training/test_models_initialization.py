@@ -125,6 +125,13 @@ class TestMuP:
         x = torch.randn(2, 256)
         torch.testing.assert_close(wide.head(x), x @ wide.head.weight.T / 4)
 
+    def test_factors_keep_their_names_when_matrices_are_parametrized(self) -> None:
+        """The trainer asks for them after weight normalization, which renames the parameters."""
+        model = gpt(64, initialization="mup", base_width=32)
+        before = model.learning_rate_factors()
+        nn.utils.parametrizations.weight_norm(model.blocks[0].mlp.up)
+        assert model.learning_rate_factors() == before
+
     def test_the_router_is_a_readout_and_the_experts_are_hidden(self) -> None:
         model = moe(64, initialization="mup", base_width=32)
         factors = model.learning_rate_factors()

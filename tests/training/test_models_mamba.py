@@ -77,3 +77,12 @@ def test_a_block_adds_the_mixer_of_the_normalized_stream():
     block, x = model.blocks[0], torch.randn(2, 8, 16)
     normalized = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(block(x), x + block.mixer(normalized))
+
+
+def test_the_recurrence_keeps_float32_under_autocast():
+    model, seen = Mamba(vocabulary=16, length=8, width=16, depth=1), []
+    for module in (model.blocks[0].mixer.select, model.blocks[0].mixer.step):
+        module.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randint(16, (2, 8)))
+    assert seen == [torch.float32, torch.float32]

@@ -40,7 +40,7 @@ class Decoder(nn.Module):
         super().__init__()
         check_counts(vocabulary=vocabulary, length=length, width=width, depth=depth, heads=heads)
         start = Initialization.of(initialization, norm, depth, width, base_width, known)
-        self.vocabulary, self.length, self.initialization = vocabulary, length, start
+        self.vocabulary, self.length = vocabulary, length
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(length, width)
         self.blocks = nn.ModuleList(
@@ -49,6 +49,7 @@ class Decoder(nn.Module):
         self.norm = start.residual.final(width)
         self.head = Readout(width, vocabulary, start.shrink)
         start.fill(self)
+        self._factors = start.learning_rate_factors(self)  # now, before the names of parametrized matrices change
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return logits (B, T, V) for token ids (B, T)."""
@@ -60,7 +61,7 @@ class Decoder(nn.Module):
 
     def learning_rate_factors(self) -> dict[str, float]:
         """Return {parameter name: factor of the learning rate}; empty except in muP."""
-        return self.initialization.learning_rate_factors(self)
+        return dict(self._factors)
 
 
 class GPT(Decoder):

@@ -99,7 +99,7 @@ class SplineLayer(nn.Module):
         nn.init.normal_(self.spline, std=gain * NOISE)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., inputs) -> (..., outputs)
-        values = b_splines(x.to(self.knots.dtype), self.knots, ORDER)  # (..., inputs, basis), not in bfloat16
+        values = b_splines(x, self.knots, ORDER)  # (..., inputs, basis), in float32 whatever x is, as the knots are
         return functional.linear(functional.silu(x), self.base) + functional.linear(
             values.flatten(-2), self.spline.flatten(1)
         )

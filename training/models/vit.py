@@ -64,7 +64,7 @@ class ViT(nn.Module):
             )
         choose(pooling, POOLINGS, "model.arguments.pooling")
         start = Initialization.of(initialization, norm, depth, width, base_width)
-        self.image, self.channels, self.classes, self.initialization = image, channels, classes, start
+        self.image, self.channels, self.classes = image, channels, classes
         self.patch = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if pooling == "class" else None
         self.position = nn.Embedding((image // patch) ** 2 + (pooling == "class"), width)
@@ -74,6 +74,7 @@ class ViT(nn.Module):
         self.norm = start.residual.final(width)
         self.head = Readout(width, classes, start.shrink, bias=True)
         start.fill(self)
+        self._factors = start.learning_rate_factors(self)  # now, before the names of parametrized matrices change
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return logits (B, K) for images (B, C, S, S)."""
@@ -88,4 +89,4 @@ class ViT(nn.Module):
 
     def learning_rate_factors(self) -> dict[str, float]:
         """Return {parameter name: factor of the learning rate}; empty except in muP."""
-        return self.initialization.learning_rate_factors(self)
+        return dict(self._factors)
