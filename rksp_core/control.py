@@ -93,6 +93,8 @@ class ControlWriter:
         ControlError
             When ``clip`` or ``learning_rate_scale`` is out of its range.
         """
+        if isinstance(kss, Levers):  # which say these two themselves
+            clip, learning_rate_scale = clip or kss.clip, learning_rate_scale or kss.learning_rate_scale
         levers = Levers.of(kss, clip, learning_rate_scale)
         now = self._clock()
         return Desired(

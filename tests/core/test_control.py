@@ -474,3 +474,8 @@ def test_a_trainer_of_the_first_version_refuses_the_second_by_its_schema(
     assert "an order has schema 'rksp.control/1', got 'rksp.control/2'" in said.message
     for name in [name for name in sys.modules if name.startswith("first_version")]:
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_an_order_may_be_given_its_levers_in_one(tmp_path: Path) -> None:
+    levers = Levers(alpha=0.1, clip=0.5, learning_rate_scale=0.25)
+    assert ControlWriter(tmp_path).issue("run", levers, Reason()).levers == levers
