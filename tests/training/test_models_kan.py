@@ -20,7 +20,7 @@ def test_the_basis_is_scipys(basis):
     knots = uniform_knots(basis).double()
     x = torch.linspace(-DOMAIN, DOMAIN, 101, dtype=torch.float64)[:-1]
     expected = BSpline.design_matrix(x.numpy(), knots.numpy(), ORDER).toarray()
-    torch.testing.assert_close(b_splines(x, knots, ORDER), torch.from_numpy(expected), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(b_splines(x, knots, ORDER).T, torch.from_numpy(expected), rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3, 4])
@@ -28,15 +28,15 @@ def test_any_order_on_any_knots(order):
     knots = torch.from_numpy(np.sort(np.random.default_rng(0).uniform(-1, 1, 12)))
     x = torch.linspace(float(knots[order]), float(knots[-order - 1]), 50, dtype=torch.float64)[:-1]
     expected = BSpline.design_matrix(x.numpy(), knots.numpy(), order).toarray()
-    torch.testing.assert_close(b_splines(x, knots, order), torch.from_numpy(expected), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(b_splines(x, knots, order).T, torch.from_numpy(expected), rtol=1e-10, atol=1e-13)
 
 
 @SIZES
 def test_the_basis_is_a_partition_of_unity_on_the_domain_and_zero_far_from_it(basis):
     knots = uniform_knots(basis).double()
     inside = b_splines(torch.linspace(-DOMAIN, DOMAIN, 201, dtype=torch.float64), knots, ORDER)
-    assert inside.shape == (201, basis)
-    torch.testing.assert_close(inside.sum(-1), torch.ones(201, dtype=torch.float64), rtol=1e-10, atol=0)
+    assert inside.shape == (basis, 201)
+    torch.testing.assert_close(inside.sum(0), torch.ones(201, dtype=torch.float64), rtol=1e-10, atol=0)
     assert (inside >= 0).all()
     assert not b_splines(torch.tensor([-100.0, 100.0], dtype=torch.float64), knots, ORDER).any()
 
@@ -45,7 +45,7 @@ def test_the_slope_of_a_spline_is_scipys():
     knots = uniform_knots(8).double()
     coefficients = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x = torch.linspace(-2.9, 2.9, 40, dtype=torch.float64, requires_grad=True)
-    (b_splines(x, knots, ORDER) @ coefficients).sum().backward()
+    (coefficients @ b_splines(x, knots, ORDER)).sum().backward()
     expected = BSpline(knots.numpy(), coefficients.numpy(), ORDER).derivative()(x.detach().numpy())
     torch.testing.assert_close(x.grad, torch.from_numpy(expected), rtol=1e-10, atol=1e-12)
 
@@ -58,7 +58,7 @@ def test_a_layer_is_a_function_on_every_edge():
     expected = torch.zeros(4, 2, dtype=torch.float64)
     for i in range(3):
         for j in range(2):
-            spline = BSpline(knots, layer.spline[j, i].detach().numpy(), ORDER)
+            spline = BSpline(knots, layer.spline[j, :, i].detach().numpy(), ORDER)
             expected[:, j] += layer.base[j, i].detach() * functional.silu(x[:, i]) + torch.from_numpy(spline(x[:, i]))
     torch.testing.assert_close(layer(x).detach(), expected, rtol=1e-10, atol=1e-14)
 
