@@ -170,7 +170,7 @@ class KSSRegularizer:
     arguments of the model, or of a module in it that holds the blocks) stays out of the sample.
 
     Where `torch.distributed` runs, a term is that of all processes' tokens together: the sums that make the operator
-    are reduced over ``group``, three small collectives a block. Its gradient is scaled for gradients that are averaged
+    are reduced over ``group``, four small collectives a block. Its gradient is scaled for gradients that are averaged
     over the processes, as DDP and FSDP do, and equals that of one process on the concatenated batch. So every process
     of the group must enter the context and run the model at the same steps.
 
@@ -221,8 +221,9 @@ class KSSRegularizer:
             for path, module in self._model.named_modules()
             if any(not path or name.startswith(f"{path}.") for name in names)
         ]
-        self._masks: list[Bool[Tensor, "sequences length"] | None] = []  # of those that run now, outermost first
-        self._inputs: dict[str, tuple[Tensor, torch.Size]] = {}
+        # For each of those that run now, outermost first: the masks that may be its stream's, its own the last.
+        self._masks: list[list[Bool[Tensor, "sequences length"]]] = []
+        self._inputs: dict[str, tuple[Tensor, Tensor | None, torch.Size]] = {}
         self._terms: list[Tensor] = []
 
     @property
@@ -287,7 +288,11 @@ class KSSRegularizer:
         return torch.Generator().manual_seed(self._seed * 1_000_003 + self.steps)
 
     def _enter_module(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
-        self._masks.append(token_mask(kwargs))
+        mask = token_mask(kwargs)
+        # A decoder is given the encoder's output: the mask of the model around it is the encoder's.
+        decoder = kwargs.get("encoder_hidden_states") is not None or "memory_key_padding_mask" in kwargs
+        outer = self._masks[-1] if self._masks and not decoder else []
+        self._masks.append(outer if mask is None else [*outer, mask])
 
     def _leave_module(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
         if self._masks:
@@ -296,10 +301,13 @@ class KSSRegularizer:
     def _before(self, block: Block) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             stream = stream_of(args, kwargs)
-            if stream is not None and not _recomputing():
-                # The rows are copied now: a block may overwrite its input in place.
-                with _kept_from_checkpoints():
-                    self._inputs[block.name] = (self._rows(stream), stream.shape)
+            # Without gradient, as in an evaluation by one process alone, nothing here may wait for the others.
+            if stream is None or _recomputing() or not torch.is_grad_enabled():
+                return
+            # The rows are copied now: a block may overwrite its input in place.
+            with _kept_from_checkpoints():
+                chosen = self._sample(stream)
+                self._inputs[block.name] = (_rows(stream, chosen), chosen, stream.shape)
 
         return hook
 
@@ -307,10 +315,10 @@ class KSSRegularizer:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
             if _recomputing():
                 return
-            h_in, shape = self._inputs.pop(block.name, (None, None))
+            h_in, chosen, shape = self._inputs.pop(block.name, (None, None, None))
             h_out = None if shape is None else stream_out(output, shape)
             with _kept_from_checkpoints():
-                term = None if h_in is None or h_out is None else self._layer_term(h_in, self._rows(h_out))
+                term = None if h_in is None or h_out is None else self._layer_term(h_in, _rows(h_out, chosen))
             if term is None:
                 self.skipped_layers += 1
             else:
@@ -318,19 +326,23 @@ class KSSRegularizer:
 
         return hook
 
-    def _rows(self, stream: Tensor) -> Tensor:
-        """Return this process's part of at most N rows over all of them, the same ones for each block of a step."""
-        rows = stream.flatten(0, -2)
-        for mask in reversed(self._masks):
-            if mask is not None and mask.shape == stream.shape[:-1]:
-                rows = rows[mask.flatten().to(rows.device)]
-                break
-        counts = self._gathered(rows.shape[0], rows.device)
+    def _sample(self, stream: Tensor) -> Tensor | None:
+        """Return this process's part of at most N rows over all of them, the same for each block of a step; None: all.
+
+        A mask is (sequences, length); streams are, too, or have their positions first.
+        """
+        masks = reversed(self._masks[-1] if self._masks else [])
+        fitting = (each for mask in masks for each in (mask, mask.T) if each.shape == stream.shape[:-1])
+        mask = next(fitting, None)
+        real = None if mask is None else mask.flatten().to(stream.device).nonzero().flatten()
+        mine = math.prod(stream.shape[:-1]) if real is None else len(real)
+        counts = self._gathered(mine, stream.device)
         total, before = sum(counts), sum(counts[: self._process])
         if total <= self._samples:
-            return rows.clone()
+            return real
         chosen = torch.randperm(total, generator=self._generator())[: self._samples] - before
-        return rows[chosen[(chosen >= 0) & (chosen < rows.shape[0])].to(rows.device)]
+        chosen = chosen[(chosen >= 0) & (chosen < mine)].to(stream.device)
+        return chosen if real is None else real[chosen]
 
     def _layer_term(self, h_in: Tensor, h_out: Tensor) -> Tensor | None:
         """Return the penalty with its gradient attached to the streams, or None where it is not finite.
@@ -397,6 +409,11 @@ class KSSRegularizer:
         mine = torch.zeros(self._processes, dtype=torch.int64, device=device)
         mine[self._process] = number
         return [int(each) for each in self._sum(mine)]
+
+
+def _rows(stream: Tensor, chosen: Tensor | None) -> Tensor:
+    rows = stream.flatten(0, -2)
+    return rows.clone() if chosen is None else rows[chosen]
 
 
 def _recomputing() -> bool:

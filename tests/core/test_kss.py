@@ -272,6 +272,60 @@ class TestRegularizerInTraining:
         assert terms[0] == pytest.approx(terms[1], rel=1e-6)  # float32
         assert terms[0] != pytest.approx(terms[2], rel=1e-3)
 
+    def test_padding_stays_out_of_a_stream_with_its_positions_first(self) -> None:
+        """As in `nn.TransformerEncoder`, whose mask has its sequences first all the same."""
+        torch.manual_seed(0)
+        encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0), 2, enable_nested_tensor=False
+        )
+        h, padding = torch.randn(12, 5, 16), torch.arange(12).expand(5, 12) >= 9
+        terms = []
+        for stream, given in ((h[:9], None), (h, padding), (h, None)):
+            regularizer = KSSRegularizer(encoder, interval=1, layer_fraction=1.0)
+            with regularizer:
+                encoder(stream, src_key_padding_mask=given)
+            terms.append(regularizer.term().item())
+        assert terms[0] == pytest.approx(terms[1], rel=1e-5)  # float32
+        assert terms[0] != pytest.approx(terms[2], rel=1e-3)
+
+    def test_the_mask_of_an_encoder_leaves_the_decoder_alone(self) -> None:
+        """Also where both have the same length, and the decoder's tokens come without a mask."""
+
+        class Decoder(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = Model(3)
+
+            def forward(self, ids: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+                return self.inner(ids)
+
+        class Both(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                torch.manual_seed(0)
+                self.decoder = Decoder().eval()
+
+            def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+                return self.decoder(ids, encoder_hidden_states=torch.zeros(8, 12, 16))
+
+        terms = []
+        for given in (None, torch.arange(12).expand(8, 12) < 9):
+            model = Both()
+            regularizer = KSSRegularizer(model, interval=1, layer_fraction=1.0)
+            with regularizer:
+                model(tokens(), attention_mask=given)
+            terms.append(regularizer.term().item())
+        assert terms[0] == terms[1]
+
+    def test_an_evaluation_by_one_process_alone_waits_for_no_other(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = self.model()
+        regularizer = KSSRegularizer(model, interval=1, layer_fraction=1.0)
+        monkeypatch.setattr(regularizer, "_sum", lambda _: pytest.fail("a collective"))
+        with regularizer, torch.no_grad():
+            model(tokens())
+        assert regularizer.term().item() == 0.0
+        assert regularizer.skipped_layers == 3
+
     def test_two_forward_passes_in_one_context_are_averaged(self) -> None:
         model = self.model()
         regularizer = KSSRegularizer(model, interval=1, layer_fraction=1.0)
