@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rksp_core import KSSRegularizer, find_blocks, profile_model
 from rksp_core.errors import ConfigError
+from training.models import kan
 from training.models.gpt import GPT
+from training.models.initialization import INITIALIZATIONS
 from training.models.kan import KAN
 from training.models.mamba import Mamba
 from training.models.moe import MoE
@@ -140,6 +142,26 @@ def test_every_residual_scheme_serves_every_transformer(factory, norm):
     model = small(factory, norm=norm)
     assert all(gradient.isfinite().all() for gradient in gradients(model, inputs_of(factory)).values())
     assert isinstance(model.blocks[0].join_mlp, NORMS[norm])
+
+
+@pytest.mark.parametrize(
+    ("factory", "initialization"),
+    [
+        *((factory, name) for factory in (MoE, ViT) for name in INITIALIZATIONS),
+        *((KAN, name) for name in kan.INITIALIZATIONS),
+    ],
+)
+def test_every_initialization_serves_the_transformers(factory, initialization):
+    arguments = {"norm": "no_norm"} if initialization in ("fixup", "rezero") else {}
+    arguments |= {"base_width": 8} if initialization == "mup" else {}
+    model, inputs = small(factory, initialization=initialization, **arguments), inputs_of(factory)
+    before = loss_of(model, inputs).item()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss_of(model, inputs).backward()
+        optimizer.step()
+    assert loss_of(model, inputs).item() < before < 10
 
 
 @pytest.mark.parametrize("factory", [GPT, Mamba])

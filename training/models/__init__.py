@@ -1,1 +1,1 @@
-"""Architectures that ``model.factory`` can name; each file reads from top to bottom."""
+"""Architectures that ``model.factory`` can name (gpt, moe, kan, mamba, vit), and the parts that they share."""
