@@ -35,8 +35,9 @@ class ControlFollower:
     The regularizer is configured here. What an order sets beside it, where the limits allow that, the loop takes from
     ``levers``: the clip threshold and the factor on the learning rate; None is the loop's own.
 
-    An answer that cannot be written is logged, and never stops the run. Where `torch.distributed` runs, every process
-    makes a follower and calls `follow` at the same steps, which costs one small broadcast between CPUs.
+    An answer that cannot be written is logged, and never stops the run. Where `torch.distributed` runs by the first
+    call of `follow`, every process makes a follower and calls it at the same steps, which costs one small broadcast
+    between CPUs.
 
     Parameters
     ----------
@@ -64,17 +65,17 @@ class ControlFollower:
         self.levers = Levers.of(regularizer.settings, None, None)
         self.order: Desired | None = None
         self._regularizer = regularizer
-        self._several = dist.is_available() and dist.is_initialized()
-        first = not self._several or dist.get_rank() == 0
-        self._listener = ControlListener(folder, run_id, limits, mode=mode) if first else None
-        # Orders stay among CPUs: a loop that waited for its GPU at every step would be slower for it.
-        self._group = dist.new_group(backend="gloo") if self._several and dist.get_backend() != "gloo" else None
+        self._listener: ControlListener | None = ControlListener(folder, run_id, limits, mode=mode)
+        self._several: bool | None = None  # not known before the first step: a loop may join its processes until then
+        self._group: dist.ProcessGroup | None = None
 
     def follow(self, step: int) -> Levers | None:
         """Obey an order that has come since the last call; return what holds from now on, None when nothing changed.
 
         ``step`` counts the updates made so far.
         """
+        if self._several is None:
+            self._join()
         desired = self._poll(step)
         if desired is None and not self._several:
             return None
@@ -100,6 +101,15 @@ class ControlFollower:
         self._set(self.order.levers)
         if self._listener is not None:
             self._listener.restore(self.order)
+
+    def _join(self) -> None:
+        """Find the other processes; the first one alone keeps its listener."""
+        self._several = dist.is_available() and dist.is_initialized()
+        if self._several and dist.get_rank() > 0:
+            self._listener = None
+        # Orders stay among CPUs: a loop that waited for its GPU at every step would be slower for it.
+        if self._several and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo")
 
     def _set(self, levers: Levers) -> None:
         self.levers = levers

@@ -9,7 +9,7 @@ any process can import this module cheaply.
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -304,10 +304,10 @@ def seconds(text: str) -> float:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a JSON value is a finite number (True and False are none)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a JSON value is a finite number (True and False are none), within the range of a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether a JSON value is a whole number (True and False are none)."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a JSON value is a whole number (True and False are none), of 64 bits: more fits no tensor or ledger."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63

@@ -189,6 +189,8 @@ BROKEN = {
     "unknown setting": '{"schema": "rksp.control/1", "run_id": "run", "generation": 1, "kss": {"alfa": 1}}',
     "bad time": '{"schema": "rksp.control/1", "run_id": "run", "generation": 1, "kss": {}, "expires_at": "soon"}',
     "deep": "[" * 100_000,
+    "more than a tensor holds": '{"schema": "rksp.control/1", "run_id": "run", "generation": 2, "kss": '
+    f'{{"alpha": 1, "interval": 1{"0" * 400}}}}}',
     "clip in the first version": '{"schema": "rksp.control/1", "run_id": "run", "generation": 2, "kss": {}, "clip": 1}',
     "variant in the first version": '{"schema": "rksp.control/1", "run_id": "run", "generation": 2, "kss": '
     '{"alpha": 1, "variant": "hinge"}}',
@@ -246,7 +248,13 @@ def test_an_order_that_may_not_be_read_is_rejected_by_its_cause(listener: Contro
     assert not (listener.folder / "applied.json").exists()  # answered once, not at every step
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema": "rksp.control.ack/1"}'])
+HUGE = (
+    '{"schema": "rksp.control.ack/1", "run_id": "run", "generation": 1, "step": 1, "at": "", "status": "applied", '
+    f'"message": "", "active": {{"generation": 1, "kss": {{"alpha": 1{"0" * 400}}}}}}}'
+)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": "rksp.control.ack/1"}', HUGE])
 def test_an_acknowledgement_that_cannot_be_read_is_none(writer: ControlWriter, text: str):
     writer.issue("run", ON, Reason())
     (writer.folder / "applied.json").write_text(text)

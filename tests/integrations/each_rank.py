@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from rksp_core import KSSSettings, Limits
+from rksp_core import ControlFollower, KSSRegularizer, KSSSettings, Limits
 from rksp_core.control import ControlWriter
 from rksp_core.integrations.huggingface import RkspCallback
-from rksp_core.orders import Reason
+from rksp_core.orders import Levers, Reason
 from tests.integrations.test_huggingface import arguments, figures, train
 from tests.integrations.words import Words, weights
 
@@ -33,6 +33,7 @@ class MiddleOfStep(TrainerCallback):
 
 def main(folder: Path, processes: int) -> None:
     torch.set_num_threads(1)
+    early = ControlFollower(folder / "early", "run", KSSRegularizer(Words()))  # before the processes know each other
     size = WHOLE // 2 // processes
     args = arguments(
         folder,
@@ -47,8 +48,13 @@ def main(folder: Path, processes: int) -> None:
     limits = Limits(clip=(0.1, 1.0), learning_rate_scale=(0.1, 1.0))
     trainer = train(model, args, MiddleOfStep(), RkspCallback(folder, run_id="run", limits=limits), count=48)
     rank = dist.get_rank() if processes > 1 else 0
+    if rank == 0:
+        ControlWriter(folder / "early").issue("run", ORDER, Reason())
+    if processes > 1:
+        dist.barrier()
+    obeyed = early.follow(0) == Levers.of(ORDER, None, None)
     terms = {"weights": figures(trainer, "kss_weight"), "terms": figures(trainer, "kss_term")} if rank == 0 else {}
-    note = {**terms, "model": weights(model).tolist()}
+    note = {**terms, "model": weights(model).tolist(), "obeyed": obeyed, "answered": early.order is not None}
     (folder / f"rank-{rank}.json").write_text(json.dumps(note))
 
 

@@ -34,5 +34,7 @@ def test_two_processes_make_the_steps_of_one(tmp_path: Path) -> None:
     assert first["terms"][3] > 0
     assert first["model"] == second["model"]
     assert first["model"] == pytest.approx(one["model"], rel=1e-10)
+    assert (first["obeyed"], second["obeyed"]) == (True, True)
+    assert (first["answered"], second["answered"]) == (True, False)
     answer = json.loads((tmp_path / "two" / "control" / "applied.json").read_text())
     assert (answer["status"], answer["step"], answer["active"]["clip"]) == ("applied", 3, 0.5)
