@@ -43,6 +43,9 @@ class RkspCallback(Loop, TrainerCallback):
     KSS steps and the order that holds are kept in ``trainer_state.json`` and come back with
     ``resume_from_checkpoint``.
 
+    The Trainer tells no callback of an exception. What it ended leaves hooks, clip threshold and factor behind, until
+    another training begins or `end` is called.
+
     Raises
     ------
     ConfigError, ModelError
@@ -61,12 +64,14 @@ class RkspCallback(Loop, TrainerCallback):
     ) -> None:
         """Attach to the model; the Trainer has loaded its weights and wrapped it."""
         _refuse(args)
-        self.begin(kwargs["model"], state.global_step)
         self.load_state_dict(_kept(state).get(STATE, {}))
+        self.begin(kwargs["model"], state.global_step)
         self._clip = args.max_grad_norm
+        self._undo.callback(setattr, args, "max_grad_norm", self._clip)
         if self.limits.learning_rate_scale is not None:
             optimizer = kwargs["optimizer"]
             self._rate = LearningRateScale([getattr(optimizer, "optimizer", optimizer)])
+            self._undo.callback(self._rate.remove)
         self._apply(args)
         if self.profile_due(state.global_step):
             self.profile(kwargs["model"], state.global_step, first=state.is_world_process_zero)
@@ -123,10 +128,7 @@ class RkspCallback(Loop, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave model, optimizer and arguments as they were."""
-        self._window.close()
-        args.max_grad_norm = self._clip
-        if self._rate is not None:
-            self._rate.remove()
+        self.end()
 
     def _apply(self, args: TrainingArguments) -> None:
         """Set what an order sets beside the regularizer; the limits have let it through."""

@@ -3,8 +3,8 @@
     callback = RkspCallback("runs/my-run", probe=ids, profile_every=20)
     Trainer(callbacks=[callback]).fit(module, loader)
 
-The KSS term joins the loss in place just before the backward pass, which is where Lightning shows it to callbacks. So
-what ``training_step`` returned and logged stays the loss of the task.
+The gradient of the KSS term joins the loss in place just before the backward pass, which is where Lightning shows it to
+callbacks. The value stays: what ``training_step`` logs is the loss of the task.
 """
 
 # ruff: noqa: ARG002 - the arguments of a callback are the Trainer's choice
@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -69,8 +70,10 @@ class RkspCallback(Loop, Callback):
             _refuse_to_clip(trainer, pl_module)
         self.begin(self._network, trainer.global_step)
         self._clip = trainer.gradient_clip_val
+        self._undo.callback(setattr, trainer, "gradient_clip_val", self._clip)
         if self.limits.learning_rate_scale is not None:
             self._rate = LearningRateScale(trainer.optimizers)
+            self._undo.callback(self._rate.remove)
         self._apply(trainer)
         if self.profile_due(trainer.global_step):
             self.profile(self._network, trainer.global_step, first=trainer.is_global_zero)
@@ -93,7 +96,10 @@ class RkspCallback(Loop, Callback):
         if pl_module.automatic_optimization:
             term = term / trainer.accumulate_grad_batches
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        loss.add_((term if scaler is None else scaler.scale(term)).to(loss))
+        term = (term if scaler is None else scaler.scale(term)).to(loss)
+        # The value stays: a module may log it, or the loss's own gradient may need it, as that of a square root does.
+        with torch.autograd.grad_mode._unsafe_preserve_version_counter(loss):
+            loss.add_(term - term.detach())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the gradient norm before it is clipped, where a profile wants it."""
@@ -117,14 +123,11 @@ class RkspCallback(Loop, Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave model, optimizers and trainer as they were."""
-        self._window.close()
-        trainer.gradient_clip_val = self._clip
-        if self._rate is not None:
-            self._rate.remove()
+        self.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the hooks off."""
-        self._window.close()
+        """Leave them so, too, when the training fails."""
+        self.end()
 
     def _apply(self, trainer: Trainer) -> None:
         """Set what an order sets beside the regularizer; the limits have let it through."""

@@ -77,8 +77,8 @@ class Loop:
         self._kss, self._probe, self._every = kss, probe, profile_every
         self._profile_options, self._regularizer_options = profile_options or {}, regularizer_options
         self._begun = False
-        self._kept: dict[str, Any] = {}  # a state that was loaded before there was a model
-        self._window = ExitStack()
+        self._kept: dict[str, Any] = {}  # a state that waits for the training to begin
+        self._window, self._undo = ExitStack(), ExitStack()  # of a step, and of the training
         self._term: float | Tensor = 0.0
         self._profiled: int | None = None
 
@@ -91,7 +91,7 @@ class Loop:
             When no residual blocks are found; the message lists the candidates.
         """
         kss = self._kss
-        self._window.close()  # of a training that an exception ended
+        self.end()  # one that an exception ended
         self._profiled = step or None  # a resumed run has that profile already
         self.regularizer = KSSRegularizer(
             model, kss.alpha, kss.interval, kss.layer_fraction, kss.gamma, **self._regularizer_options
@@ -99,8 +99,15 @@ class Loop:
         self.regularizer.configure(kss)
         self.follower = ControlFollower(self.run_folder / "control", self.run_id, self.regularizer, self.limits)
         self._begun = True
-        if self._kept:
-            self.load_state_dict(self._kept)
+        kept, self._kept = self._kept, {}
+        if kept:
+            self.regularizer.load_state_dict(kept["kss"])
+            self.follower.load_state_dict(kept["control"])
+
+    def end(self) -> None:
+        """Leave the model and its trainer as they were."""
+        self._window.close()
+        self._undo.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain JSON-able values."""
@@ -109,11 +116,8 @@ class Loop:
         return {"kss": self.regularizer.state_dict(), "control": self.follower.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was returned, at once or as soon as there is a model."""
-        self._kept = {} if self._begun else state_dict
-        if self._begun and state_dict:
-            self.regularizer.load_state_dict(state_dict["kss"])
-            self.follower.load_state_dict(state_dict["control"])
+        """Go on where `state_dict` was returned, as soon as the training begins."""
+        self._kept = state_dict
 
     def take_term(self) -> Tensor | None:
         """Return the KSS term of the forward passes since the last call, None when none was due."""

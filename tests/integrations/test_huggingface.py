@@ -205,6 +205,29 @@ def test_label_smoothing_is_refused_before_the_first_step(tmp_path: Path) -> Non
         train(Configured(), arguments(tmp_path, label_smoothing_factor=0.1), RkspCallback(tmp_path))
 
 
+def test_what_an_exception_left_behind_is_undone_by_the_next_training_or_by_hand(tmp_path: Path) -> None:
+    """The Trainer tells no callback of an exception."""
+
+    class Failing(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            raise RuntimeError("out of luck")
+
+    limits = Limits(clip=(0.1, 1.0), learning_rate_scale=(0.1, 1.0))
+    ControlWriter(tmp_path / "control").issue(tmp_path.name, STRONG, Reason(), clip=0.5, learning_rate_scale=0.5)
+    model, loop, args = Words(), RkspCallback(tmp_path, limits=limits), arguments(tmp_path, max_grad_norm=0.7)
+    trainer = InOrder(model, args, train_dataset=rows(4), callbacks=[loop, Failing()])
+    for again in (False, True):
+        with pytest.raises(RuntimeError, match="out of luck"):
+            trainer.train()
+        if again:
+            loop.end()
+        hooked = [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
+        assert bool(hooked) != again
+        assert len(trainer.optimizer.optimizer._optimizer_step_pre_hooks) == 1 - again
+        assert args.max_grad_norm == (0.7 if again else 0.5)
+        (tmp_path / "control" / "desired.json").unlink(missing_ok=True)
+
+
 def test_profiles_need_a_probe(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="profile_every = 5 needs a probe"):
         RkspCallback(tmp_path, profile_every=5)

@@ -180,7 +180,9 @@ def test_a_resumed_run_is_the_run_that_went_on(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_epochs": 2, "enable_checkpointing": True}
     fit(straight, callback(tmp_path / "run"), order, saved[0], **settings)
     checkpoint = tmp_path / "saved" / "epoch=0-step=3.ckpt"
-    fit(resumed, callback(tmp_path / "elsewhere"), saved[1], resume=checkpoint, **settings)
+    loop = callback(tmp_path / "elsewhere")
+    fit(Module(), loop)  # it has trained another model before
+    fit(resumed, loop, saved[1], resume=checkpoint, **settings)
     assert torch.equal(weights(straight), weights(resumed))
 
 
@@ -213,15 +215,49 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path: Path) -> No
         fit(Module(), clipping, gradient_clip_val=1.0, gradient_clip_algorithm="value")
 
 
-def test_an_exception_leaves_no_hooks(tmp_path: Path) -> None:
+def test_an_exception_leaves_no_hooks_and_the_trainer_as_it_was(tmp_path: Path) -> None:
     class Failing(Module):
         def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
             if index == 1:
                 raise RuntimeError("out of luck")
             return super().training_step(batch, index)
 
-    module = Failing()
+    class Kept(Callback):
+        def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+            self.clip, self.optimizer = trainer.gradient_clip_val, trainer.optimizers[0]
+
+    module, kept = Failing(), Kept()
+    limits = Limits(clip=(0.1, 1.0), learning_rate_scale=(0.1, 1.0))
+    ControlWriter(tmp_path / "control").issue(tmp_path.name, STRONG, Reason(), clip=0.5, learning_rate_scale=0.5)
     with pytest.raises(RuntimeError, match="out of luck"):
-        fit(module, callback(tmp_path, kss=STRONG))
+        fit(module, callback(tmp_path, limits=limits), kept, gradient_clip_val=0.7)
     hooked = [m for m in module.modules() if isinstance(m, nn.Module) and (m._forward_hooks or m._forward_pre_hooks)]
     assert hooked == []
+    assert kept.clip == 0.7
+    assert not kept.optimizer._optimizer_step_pre_hooks
+
+
+def test_a_loss_that_its_own_gradient_needs_takes_the_term_and_keeps_its_value(tmp_path: Path) -> None:
+    """The gradient of a square root is made of its value, so nothing may be added to that in place."""
+    losses = []
+
+    class Root(Manual):
+        def training_step(self, batch: dict[str, Tensor], _: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            loss = self.model(**batch)["loss"].sqrt()
+            losses.append(loss.item())
+            self.manual_backward(loss)
+            losses.append(loss.item())
+            optimizer.step()
+
+    module, expected = Root(), Words()
+    fit(module, callback(tmp_path, kss=STRONG), count=2)
+    regularizer = KSSRegularizer(expected, STRONG.alpha, STRONG.interval, STRONG.layer_fraction)
+    with regularizer:
+        (expected(**stacked(rows(2)))["loss"].sqrt() + regularizer.term()).backward()
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter -= RATE * parameter.grad
+    torch.testing.assert_close(weights(module), weights(expected), rtol=1e-10, atol=1e-14)
+    assert losses[0] == losses[1]
