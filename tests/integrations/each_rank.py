@@ -1,14 +1,17 @@
-"""Run by `test_processes`, alone and under torchrun: the same global batches, an order in the middle of a step."""
+"""Run by `test_processes`: one process, then two, train on the same global batches; orders come in between."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import start_processes
 from transformers import TrainerCallback
 
 from rksp_core import ControlFollower, KSSRegularizer, KSSSettings, Limits
@@ -58,5 +61,18 @@ def main(folder: Path, processes: int) -> None:
     (folder / f"rank-{rank}.json").write_text(json.dumps(note))
 
 
+def rank(number: int, folder: Path, processes: int, port: int) -> None:
+    """What torchrun tells a process; forking them saves each the seconds of its imports."""
+    here = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": processes, "MASTER_PORT": port}
+    if processes > 1:
+        os.environ.update({name: str(value) for name, value in here.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    main(folder, processes)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for name, processes in (("one", 1), ("two", 2)):
+        folder = Path(sys.argv[1]) / name
+        folder.mkdir()
+        start_processes(rank, (folder, processes, port), nprocs=processes, start_method="fork")
