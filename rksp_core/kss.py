@@ -28,7 +28,7 @@ from rksp_core.batch import token_mask
 from rksp_core.capture import Block, find_blocks, stream_of, stream_out, uncompiled
 from rksp_core.dmd import leading_directions
 from rksp_core.moments import ROUNDING
-from rksp_core.orders import VARIANTS, KSSSettings, Variant
+from rksp_core.orders import VARIANTS, KSSSettings, Levers, Variant
 from rksp_core.spectrum import LOWER, UPPER
 from rksp_core.untouched import as_written
 
@@ -233,7 +233,7 @@ class KSSRegularizer:
 
     def configure(self, settings: KSSSettings) -> None:
         """Take the settings of an order; they hold from the next step on."""
-        self.settings = settings
+        self.settings = settings.kss if isinstance(settings, Levers) else settings
 
     def term(self) -> Float[Tensor, ""]:
         """Return alpha times the mean penalty over the blocks and forward passes of the last context; 0 when not due.
@@ -242,7 +242,8 @@ class KSSRegularizer:
         """
         if not self._terms:
             return torch.zeros(())
-        total = torch.stack(self._terms).mean()
+        device = self._terms[0].device  # the blocks may be spread over several
+        total = torch.stack([term.to(device) for term in self._terms]).mean()
         self._terms = []
         return self.settings.alpha * total
 
@@ -317,8 +318,10 @@ class KSSRegularizer:
                 return
             h_in, chosen, shape = self._inputs.pop(block.name, (None, None, None))
             h_out = None if shape is None else stream_out(output, shape)
-            with _kept_from_checkpoints():
-                term = None if h_in is None or h_out is None else self._layer_term(h_in, _rows(h_out, chosen))
+            term = None
+            if h_in is not None and h_out is not None:
+                with _kept_from_checkpoints():
+                    term = self._layer_term(h_in.to(h_out.device), _rows(h_out, chosen))
             if term is None:
                 self.skipped_layers += 1
             else:
@@ -413,7 +416,7 @@ class KSSRegularizer:
 
 def _rows(stream: Tensor, chosen: Tensor | None) -> Tensor:
     rows = stream.flatten(0, -2)
-    return rows.clone() if chosen is None else rows[chosen]
+    return rows.clone() if chosen is None else rows[chosen.to(rows.device)]
 
 
 def _recomputing() -> bool:

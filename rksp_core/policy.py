@@ -19,6 +19,7 @@ from rksp_core.errors import ConfigError
 from rksp_core.orders import Levers, Reason, is_number, is_whole
 
 LEVELS = ("ok", "elevated", "high", "critical")
+FOR_EVER = 1e9  # seconds, 31 years: a longer time ends where no calendar goes
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,11 @@ class Policy:
             value = getattr(self, name)
             if not is_whole(value) or value < least:
                 raise ConfigError(f"policy.{name} must be at least {least}, got {value}; correct it")
-        if self.expires_in is not None and not (is_number(self.expires_in) and self.expires_in > 0):
-            raise ConfigError(f"policy.expires_in must be above 0 seconds or null, got {self.expires_in}; correct it")
+        if self.expires_in is not None and not (is_number(self.expires_in) and 0 < self.expires_in <= FOR_EVER):
+            raise ConfigError(
+                f"policy.expires_in must be above 0 seconds and at most {FOR_EVER:g}, or null, got {self.expires_in}; "
+                "correct it"
+            )
         unknown = [level for level in self.ladder if level not in range(4)]
         if unknown:
             raise ConfigError(f"policy.ladder has the level {unknown[0]}; levels are 0 ok, 1, 2 and 3 critical")

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from rksp_core import KSSRegularizer, KSSSettings, kss_loss
 from rksp_core.kss import CONDITION_LIMIT, VARIANTS, Variant, eigenvalue_moduli
+from rksp_core.orders import Levers
 
 from .planted import random_operator, snapshots
 from .test_capture import Model, tokens
@@ -146,6 +147,28 @@ class TestRegularizer:
         with regularizer:
             model(tokens())
         assert regularizer.term().item() > 0
+
+    def test_an_order_s_levers_leave_a_state_that_can_be_restored(self) -> None:
+        regularizer, restored = KSSRegularizer(self.model()), KSSRegularizer(self.model())
+        regularizer.configure(Levers(alpha=0.2, clip=0.5))
+        restored.load_state_dict(regularizer.state_dict())
+        assert restored.settings == KSSSettings(alpha=0.2)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+    def test_blocks_on_two_devices_give_the_term_of_one(self) -> None:
+        """As under Hugging Face's ``device_map``, which moves a block's input inside of the block."""
+        terms = []
+        for second in ("cpu", "cuda"):
+            model = self.model()
+            for layer in list(model.layers)[2:]:
+                forward = layer.to(second).forward
+                layer.forward = lambda h, forward=forward, second=second: forward(h.to(second))
+            model.head.to(second)
+            regularizer = KSSRegularizer(model, interval=1, layer_fraction=1.0)
+            with regularizer:
+                model(tokens())
+            terms.append(regularizer.term().item())
+        assert terms[0] == pytest.approx(terms[1], rel=1e-9)
 
     def test_a_layer_that_cannot_be_differentiated_is_skipped_and_counted(self) -> None:
         model = self.model()

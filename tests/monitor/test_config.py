@@ -78,7 +78,7 @@ MISTAKES = {
     "policy: {ladder: {2: {clip: 0}}}": "clip must be a number above 0 or left out, got 0",
     "policy: {ladder: {2: {variant: hinges}}}": "got 'hinges'",
     "policy: {rules: [{name: a, level: 1, all: [{metric: loss, by: .nan}]}]}": "by must be a finite number, got nan",
-    "policy: {expires_in: .inf}": "expires_in must be above 0 seconds or null, got inf",
+    "policy: {expires_in: .inf}": "expires_in must be above 0 seconds and at most 1e+09, or null, got inf",
     "policy: {ladder: {2: {alpha: -1}}}": "kss.alpha must be a number of at least 0, got -1",
     "policy: {rules: [{name: a, level: 1, all: [{metric: kreiss, by: 1}]}]}": "unknown metric 'kreiss'",
     "policy: {rules: [{name: a, level: 1, all: [{metric: loss, by: 1, against: past}]}]}": "got 'past'",
