@@ -66,7 +66,8 @@ class Record:
 def advance(run: Run) -> Record:
     """Make one step; when the run diverges in it, the weights stay as they are."""
     config, step, began = run.config, run.step + 1, time.perf_counter()
-    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    # Not the model's: between a forward pass without gradients and the next step, FSDP2 shows whole ones there.
+    parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
     weight = run.regularizer.settings.alpha
     with ExitStack() as terms:
         for regularizer in (run.regularizer, *run.penalties):
