@@ -61,7 +61,7 @@ def _train(config: Config, *, resume: bool, until: int | None) -> int:
     import torch
 
     from training.loop import train
-    from training.ranks import join, leave
+    from training.ranks import Elsewhere, join, leave
 
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)  # on a GPU; the CPU's are deterministic anyway
@@ -71,6 +71,8 @@ def _train(config: Config, *, resume: bool, until: int | None) -> int:
     ranks = join(config.device)
     try:
         result = train(config, ranks, resume=resume, until=until, stop=stopping.is_set, say=_say)
+    except Elsewhere as error:
+        return error.exit_code
     finally:
         leave(ranks)
     if ranks.first:

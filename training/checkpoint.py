@@ -23,8 +23,9 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ class CheckpointWriter:
         self._pending: tuple[Future[Any], Path, dict[str, Any]] | None = None
         # Shards are written from a thread, whose messages must not meet those of the training.
         self._group = distributed.new_group(backend="gloo") if settings.format == "dcp" and ranks.size > 1 else None
+        if ranks.first:
+            for left in (*folder.glob(".step-*.tmp"), *folder.glob(".step-*.removed")):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
 
     def write(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, description: Mapping[str, Any]
@@ -73,30 +77,27 @@ class CheckpointWriter:
         """
         self.finish()
         target, staging = self._folder / f"step-{step:08d}", self._folder / f".step-{step:08d}.tmp"
-        if target.exists():
-            self._ranks.wait()
+        if self._ranks.from_first([target.exists()]) != [0.0]:  # rank 0 publishes: the others may look too early
             return
         document = {"schema": SCHEMA, "step": step, "format": self._settings.format, **description}
-        try:
+        with self._ranks.together(), _writing(target):
             if self._ranks.first:
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir(parents=True)
-            self._ranks.wait()
-            if self._settings.format == "dcp":
-                self._write_shards(staging, model, optimizer, document)
-                return
-            if _sharded(model) or self._ranks.first:
-                weights, state = _whole(model, optimizer)
+        if self._settings.format == "dcp":
+            self._write_shards(staging, model, optimizer, document)
+            return
+        if _sharded(model) or self._ranks.first:
+            weights, state = _whole(model, optimizer)
+        with self._ranks.together(), _writing(target):
             if self._ranks.first:
                 self._write_files(staging, weights, state)
                 _publish(staging, document)
-        except OSError as error:
-            raise _failed(target, error) from error
-        self._retain()
+                self._retain()
 
     def settle(self) -> None:
         """Publish a checkpoint that has been written meanwhile. DCP is done on rank 0 when it is done everywhere."""
-        if self._pending is not None and self._ranks.first and self._pending[0].done():
+        if self._pending is not None and self._ranks.from_first([self._pending[0].done()]) != [0.0]:
             self.finish()
 
     def finish(self) -> None:
@@ -111,13 +112,11 @@ class CheckpointWriter:
             return
         future, staging, document = self._pending
         self._pending = None
-        try:
+        with self._ranks.together(), _writing(staging):
             future.result()
             if self._ranks.first:
                 _publish(staging, document)
-        except Exception as error:
-            raise _failed(staging, error) from error
-        self._retain()
+                self._retain()
 
     def _write_files(self, staging: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         path = staging / WEIGHTS[self._settings.format]
@@ -134,14 +133,15 @@ class CheckpointWriter:
 
         content = _shards(model, optimizer)
         _one_process_is_fine()
-        future = dcp.async_save(content, checkpoint_id=staging, process_group=self._group)
+        with self._ranks.together(), _writing(staging):
+            future = dcp.async_save(content, checkpoint_id=staging, process_group=self._group)
         self._pending = (future, staging, document)
         if not self._settings.asynchronous:
             self.finish()
 
     def _retain(self) -> None:
         """Remove what is not kept; each vanishes in one rename before it is deleted."""
-        if not self._ranks.first or self._settings.keep_last is None:
+        if self._settings.keep_last is None:
             return
         for checkpoint in checkpoints(self._folder)[: -self._settings.keep_last]:
             if self._settings.keep_every and step_of(checkpoint) % self._settings.keep_every == 0:
@@ -170,7 +170,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     CheckpointError
         When a file is missing or damaged, or it is of another model.
     """
-    try:
+    with _saying(f"cannot resume from {checkpoint}", "remove it to resume from the one before"):
         document = json.loads((checkpoint / DESCRIPTION).read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
             raise ValueError(f"it has schema {document['schema']!r}, expected {SCHEMA!r}")
@@ -180,12 +180,9 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
             state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
             weights = state["weights"] if "weights" in state else _load_weights(checkpoint, document["format"])
             _restore_whole(model, optimizer, weights, state["optimizer"])
+        if document["step"] == 0:
+            optimizer.state.clear()  # as it was: see `_states`
         return dict(document["state"])
-    except Exception as error:
-        raise CheckpointError(
-            f"cannot resume from {checkpoint} ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
-            "remove it to resume from the one before"
-        ) from error
 
 
 def _load_weights(checkpoint: Path, form: str) -> dict[str, Tensor]:
@@ -203,14 +200,27 @@ def _sharded(model: nn.Module) -> bool:
 def _whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the weights that a monitor reads, and the training state; where they are sharded, on rank 0 only."""
     if _sharded(model):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights, state = get_state_dict(model, optimizer, options=options)
+        weights, state = _states(model, optimizer, full_state_dict=True, cpu_offload=True)
         return weights, {"optimizer": state}
     plain = {name: tensor.detach().cpu() for name, tensor in plain_state_dict(model).items()}
     own = {"weights": model.state_dict()} if parametrized(model) else {}
     return plain, {"optimizer": optimizer.state_dict(), **own}
+
+
+def _states(
+    model: nn.Module, optimizer: torch.optim.Optimizer, **options: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return torch's state of both, and leave an optimizer that has made no step as it is.
+
+    `get_state_dict` lets it make one, with gradients of 0, to see what its state will be: Adam would count it.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    fresh = not optimizer.state
+    states = get_state_dict(model, optimizer, options=StateDictOptions(**options))
+    if fresh:
+        optimizer.state.clear()
+    return states
 
 
 def _unshared(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -235,9 +245,7 @@ def _restore_whole(
 
 
 def _shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    weights, state = get_state_dict(model, optimizer)
+    weights, state = _states(model, optimizer)
     if parametrized(model):
         return {"model": plain_state_dict(model), "optimizer": state, "trained": weights}
     return {"model": weights, "optimizer": state}
@@ -268,9 +276,22 @@ def _publish(staging: Path, document: Mapping[str, Any]) -> None:
     _sync(target.parent)
 
 
-def _failed(path: Path, error: Exception) -> CheckpointError:
-    reason = getattr(error, "strerror", None) or error
-    return CheckpointError(f"cannot write the checkpoint {path} ({reason}); free some space or change output")
+@contextmanager
+def _saying(what: str, remedy: str) -> Iterator[None]:
+    """Put into one sentence whatever the libraries raise. DCP's own is no `Exception`, and says tracebacks."""
+    try:
+        yield
+    except BaseException as caught:
+        gathered = getattr(caught, "failures", None)  # of DCP: the error of each process
+        error = next(iter(gathered.values()))[0] if gathered else caught
+        if not isinstance(error, Exception):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"{what} ({reason}); {remedy}") from error
+
+
+def _writing(path: Path) -> AbstractContextManager[None]:
+    return _saying(f"cannot write the checkpoint {path}", "free some space or change output")
 
 
 def _sync(path: Path) -> None:

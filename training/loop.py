@@ -46,15 +46,16 @@ def train(
     """
     run = build_run(config, ranks)
     others: list[Observer] = []
-    if ranks.first:
-        others = exporters(config)
-        open_folder(config, resume=resume)
-    else:
-        say = _silent
-    ranks.wait()
+    with ranks.together():
+        if ranks.first:
+            others = exporters(config)
+            open_folder(config, resume=resume)
+        else:
+            say = _silent
     checkpoint = newest_checkpoint(config) if resume else None
     if checkpoint is not None:
-        run.restore(checkpoint)
+        with ranks.together():
+            run.restore(checkpoint)
         say(f"resumed from step {run.step}")
     observers = _observers(run, others, say)
     began, last = time.perf_counter(), config.steps if until is None else min(until, config.steps)

@@ -17,6 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rksp_core import find_blocks
 from rksp_core.device import choose_device
+from rksp_core.errors import RkspError
+
+
+class Elsewhere(RkspError):  # noqa: N818 - no mistake here
+    """Another process has failed, and says why."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,26 @@ class Ranks:
         """Return when every process has come here."""
         if self.size > 1:
             distributed.barrier()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Fail in all processes where one does, so that none waits for it; what rank 0 says, no other repeats.
+
+        Raises
+        ------
+        Elsewhere
+            In a process whose own context went well, or whose trouble is rank 0's.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:  # noqa: BLE001 - raised below
+            error = caught
+        failed, said = self.sum([error is not None, error is not None and self.first])
+        if error is not None and (self.first or not said):
+            raise error
+        if failed:
+            raise Elsewhere
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the sums of numbers over all processes."""

@@ -1,6 +1,7 @@
 """An interrupted run that is resumed is bitwise the run that was never interrupted, and observers change no bit."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,31 @@ def test_each_format_resumes_exactly(configure, form):
     assert names == {"step-00000016", "step-00000020"}  # and nothing half written
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_no_format_changes_the_training(configure, optimizer):
+    """To see an optimizer's state before the first step, DCP lets it make one, which those with a counter remember."""
+    sections = {"optimizer": {"name": optimizer}, "schedule": {"warmup": 0}, "steps": 3}
+    plain, dcp = (configure(form, checkpoint={"format": form}, **sections) for form in ("safetensors", "dcp"))
+    train(plain, ALONE)
+    train(dcp, ALONE, until=0)
+    train(dcp, ALONE, resume=True)
+    assert_bitwise_equal(final(plain)[3], final(dcp)[3])
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=["safetensors", "pt", "dcp", "dcp-async"])
+def test_a_checkpoint_that_cannot_be_written_is_one_sentence(configure, form):
+    config = configure(checkpoint={"every": 1, **form})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # no file may be larger
+    try:
+        with pytest.raises(CheckpointError, match=r"^cannot write the checkpoint .*; free some space") as caught:
+            train(config, ALONE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert checkpoints(Path(config.output) / "checkpoints") == []
+
+
 @pytest.mark.parametrize(
     "sections",
     [
@@ -124,9 +150,12 @@ def test_a_crash_loses_the_steps_after_the_checkpoint_and_nothing_else(configure
     train(crashed, ALONE, until=10)
     with (Path(crashed.output) / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 11, "loss": 1.0}\n{"step": 12, "lo')  # two steps were made, the log was cut
-    (Path(crashed.output) / "checkpoints" / ".step-00000012.tmp").mkdir()  # a checkpoint was begun
+    kept = Path(crashed.output) / "checkpoints"
+    for left in (".step-00000012.tmp", ".step-00000005.removed"):  # one was begun, one was not yet gone
+        (kept / left).mkdir()
     train(crashed, ALONE, resume=True)
     assert_bitwise_equal(final(whole), final(crashed))
+    assert sorted(path.name for path in kept.iterdir()) == [f"step-000000{step}" for step in ("00", "10", "20")]
 
 
 def test_a_model_that_draws_random_numbers_resumes_exactly(configure):
@@ -245,13 +274,15 @@ def test_resume_where_there_is_nothing_starts_at_the_beginning(configure):
     assert train(configure(), ALONE, resume=True, until=3)["step"] == 3
 
 
-def test_a_damaged_checkpoint_is_named(configure):
-    config = configure()
-    train(config, ALONE, until=10)
+@pytest.mark.parametrize(("form", "file"), [("pt", "training_state.pt"), ("dcp", ".metadata"), ("dcp", "*.distcp")])
+def test_a_damaged_checkpoint_is_named(configure, form, file):
+    config = configure(checkpoint={"format": form})
+    train(config, ALONE, until=1)
     newest = checkpoints(Path(config.output) / "checkpoints")[-1]
-    (newest / "training_state.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(CheckpointError, match=r"cannot resume from .*step-00000010"):
+    next(newest.glob(file)).write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"^cannot resume from .*step-00000001 \(.*remove it") as caught:
         train(config, ALONE, resume=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_only_the_newest_checkpoints_are_kept(configure):
