@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from rksp_core.errors import RkspError
+from rksp_core.errors import ConfigError, RkspError
 from training.config import Config, read_config
 
 DIVERGED = 4
@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="training: %(message)s", stream=sys.stderr)
     logging.getLogger("training").setLevel(logging.INFO)
     try:
+        if arguments.until is not None and arguments.until < 0:
+            raise ConfigError(f"--until takes a step of at least 0, got {arguments.until}")
         config = read_config(arguments.config, arguments.set)
         return _check(config) if arguments.check else _train(config, resume=arguments.resume, until=arguments.until)
     except RkspError as error:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rksp_core import find_blocks
-from rksp_core.errors import ConfigError
+from rksp_core.errors import ConfigError, NoBlocksError
 from training.config import Config, Model, Schedule
 from training.names import nearest, unknown_key
 from training.schema.task import Task as TaskSection
@@ -40,10 +40,13 @@ def build_model(model: Model, seed: int) -> nn.Module:
     Raises
     ------
     ConfigError
-        When the factory cannot be imported, has no such argument, or refuses a value.
+        When the factory cannot be imported, has no such argument, refuses a value, or returns a model without blocks.
     """
     factory = _import(model.factory)
-    parameters = inspect.signature(factory).parameters
+    try:
+        parameters = inspect.signature(factory).parameters
+    except ValueError as error:
+        raise ConfigError(f"model.factory: {model.factory} has no arguments by name ({error}); name another") from error
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         for key in model.arguments:
             if key not in parameters:
@@ -55,6 +58,13 @@ def build_model(model: Model, seed: int) -> nn.Module:
         raise ConfigError(f"{model.factory} refused model.arguments: {error}") from error
     if not isinstance(module, nn.Module):
         raise ConfigError(f"{model.factory} returned a {type(module).__name__}, expected a torch.nn.Module")
+    try:
+        find_blocks(module)
+    except NoBlocksError as error:
+        raise ConfigError(
+            f"{model.factory} returned a {type(module).__name__} without a stack of residual blocks; "
+            "let it hold them in an nn.ModuleList"
+        ) from error
     return module
 
 

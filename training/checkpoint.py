@@ -241,7 +241,20 @@ def _restore_whole(
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
     options = StateDictOptions(full_state_dict=True)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
+    named = _named(state, model, optimizer)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=named, options=options)
+
+
+def _named(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the state with parameters called by name, where a single process has numbered them."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order: dict[Any, str] = dict(enumerate(names[p] for group in optimizer.param_groups for p in group["params"]))
+    return {
+        "state": {order.get(key, key): value for key, value in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [order.get(key, key) for key in group["params"]]} for group in state["param_groups"]
+        ],
+    }
 
 
 def _shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -29,7 +29,7 @@ DEFAULT_NAMES = {"task": AssociativeRecall, "optimizer": AdamW}
 class Model(Section):
     """A factory ``package.module:name`` and its keyword arguments; it returns a `torch.nn.Module`."""
 
-    factory: str = Field(pattern=r"^[\w.]+:[\w.]+$")
+    factory: str = Field(pattern=r"^\w+(\.\w+)*:\w+$")
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -66,9 +66,10 @@ def train(
         record = advance(run)
         for observer in observers:
             observer.after(run, record)
-    result = conclude(run, seconds=time.perf_counter() - began)
-    for observer in observers:
+    seconds = time.perf_counter() - began
+    for observer in observers:  # before the evaluation, for which whoever sent SIGTERM may not wait
         observer.end(run)
+    result = conclude(run, seconds=seconds)
     if ranks.first:
         write_atomic(Path(config.output) / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result
@@ -91,10 +92,9 @@ def obey(run: Run, *, stop: bool, say: Say) -> bool:
 
 def conclude(run: Run, *, seconds: float) -> dict[str, Any]:
     """Evaluate the run on held-out sequences and say how it ended."""
+    at_once = run.config.task.batch // (run.ranks.size * run.config.accumulation)  # as many as in training fit
     with evaluating(run.model), autocast(run):
-        figures = evaluate(
-            run.task, lambda inputs: run.model(run.to_model(inputs)), EVALUATED_SEQUENCES, run.config.task.batch
-        )
+        figures = evaluate(run.task, lambda inputs: run.model(run.to_model(inputs)), EVALUATED_SEQUENCES, at_once)
     return {
         "schema": "rksp.result/1",
         "run_id": run.config.run_id,

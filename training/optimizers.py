@@ -25,8 +25,8 @@ def build_optimizer(section: Optimizer, model: nn.Module) -> torch.optim.Optimiz
     Raises
     ------
     ConfigError
-        When a factor belongs to no parameter, is not above 0, or stands beside an optimizer that is not Adam's kin;
-        when Lion's package is missing.
+        When the model has nothing to train; when a factor belongs to no parameter, is not above 0, or stands beside an
+        optimizer that is not Adam's kin; when Lion's package is missing.
     """
     groups = _groups(section, model)
     if isinstance(section, AdamW):
@@ -68,6 +68,8 @@ def _groups(section: Optimizer, model: nn.Module) -> list[dict[str, Any]]:
         group["weight_decay"] = section.weight_decay / factor if matrix else 0.0
         if name in factors:
             group["factor"] = factor
+    if not groups:
+        raise ConfigError("the model has no parameter that requires a gradient, so there is nothing to train")
     return list(groups.values())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rksp_core import ControlFollower, KSSRegularizer, Limits, find_blocks
 from rksp_core.errors import ConfigError
+from rksp_core.untouched import as_written, evaluating
 from training.build import build_model, build_task, prepare_model
 from training.checkpoint import load_checkpoint
 from training.config import Config
@@ -19,7 +20,7 @@ from training.optimizers import build_optimizer
 from training.ranks import Ranks
 from training.stabilizers import Penalty, build_penalties
 from training.stabilizers.sam import SAM
-from training.tasks import Task
+from training.tasks import PROBE, Task
 
 
 @dataclass
@@ -46,8 +47,7 @@ class Run:
 
     def to_model(self, inputs: Tensor) -> Tensor:
         """Return inputs where and as the model takes them: on its device, images in float64 where it is."""
-        inputs = inputs.to(self.ranks.device)
-        return inputs.double() if self.config.precision == "float64" and inputs.is_floating_point() else inputs
+        return _to_model(inputs, self.config, self.ranks)
 
     def state(self) -> dict[str, Any]:
         """Return what a resume needs beside weights and optimizer, as plain JSON.
@@ -85,7 +85,7 @@ def build_run(config: Config, ranks: Ranks) -> Run:
     ------
     RkspError
         When the configuration cannot be carried out: the factory, its arguments, no residual blocks, a batch that the
-        processes cannot share equally.
+        processes cannot share equally, a task that is not the model's.
     """
     parts = ranks.size * config.accumulation
     if config.task.batch % parts:
@@ -93,17 +93,41 @@ def build_run(config: Config, ranks: Ranks) -> Run:
             f"task.batch = {config.task.batch} cannot be shared equally by {ranks.size} processes with "
             f"{config.accumulation} micro-batches each; choose a multiple of {parts}"
         )
-    model = prepare_model(config, build_model(config.model, config.seed).to(ranks.device).train())
-    _refuse_too_few_layers(config, len(find_blocks(model)))
+    with ranks.together():
+        model = prepare_model(config, build_model(config.model, config.seed).to(ranks.device).train())
+        blocks = len(find_blocks(model))
+        _refuse_too_few_layers(config, blocks)
+        task = build_task(config.task, config.seed)
+        _refuse_another_task(config, ranks, model, task)
     regularizer = KSSRegularizer(model, **config.kss.model_dump(), seed=config.seed)
     limits = Limits(**dict(config.control.limits))
+    least, most = limits.layer_fraction  # an order may not ask for less than one layer either
+    limits = replace(limits, layer_fraction=(max(least, 1 / blocks), most))
     follower = ControlFollower(config.control_folder, config.run_id, regularizer, limits)
     penalties = build_penalties(config.stabilizers, model, config.seed)
-    task = build_task(config.task, config.seed)
     parallel = ranks.wrap(model, config.parallel)
     optimizer = build_optimizer(config.optimizer, model)
     sam = None if config.stabilizers.sam is None else SAM(**config.stabilizers.sam.model_dump())
     return Run(config, ranks, task, model, parallel, optimizer, regularizer, follower, penalties, sam)
+
+
+def _to_model(inputs: Tensor, config: Config, ranks: Ranks) -> Tensor:
+    inputs = inputs.to(ranks.device)
+    return inputs.double() if config.precision == "float64" and inputs.is_floating_point() else inputs
+
+
+def _refuse_another_task(config: Config, ranks: Ranks, model: nn.Module, task: Task) -> None:
+    """Run the model on one sequence or image, so that a mistake is seen before anything is written."""
+    inputs, targets = task.batch(PROBE, 0, 1)
+    try:
+        with evaluating(model), as_written():
+            task.loss(model(_to_model(inputs, config, ranks)), targets.to(ranks.device))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{type(model).__name__} raised {type(error).__name__} on the first inputs of the task "
+            f"{config.task.name} ({reason}); choose a model and a task that fit"
+        ) from error
 
 
 def _refuse_too_few_layers(config: Config, blocks: int) -> None:

@@ -43,11 +43,14 @@ def open_folder(config: Config, *, resume: bool) -> None:
         _refuse_another(config, stored)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not stored.exists():
+        _make_control_folder(config.control_folder)
+        if not stored.exists():  # last: it says that the folder holds a run
             write_atomic(stored, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     except OSError as error:
         raise ConfigError(f"cannot write to the run folder {folder} ({error.strerror}); change output") from error
-    control = config.control_folder
+
+
+def _make_control_folder(control: Path) -> None:
     try:
         control.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

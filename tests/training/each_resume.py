@@ -1,4 +1,4 @@
-"""Run under torchrun by `test_ranks`: each run once whole, and once in two parts."""
+"""Run under torchrun by `test_ranks`: each run once whole, once in two parts, and one that a single process began."""
 
 import sys
 from pathlib import Path
@@ -15,6 +15,7 @@ def main(folder: Path) -> None:
         parts = read_config(whole.with_name(whole.name.replace("whole", "parts")))
         train(parts, ranks, until=6)
         train(parts, ranks, resume=True)
+    train(read_config(folder / "begun-alone.yaml"), ranks, resume=True)
     leave(ranks)
 
 

@@ -8,7 +8,8 @@ import yaml
 from rksp_core.errors import ConfigError
 from tests.training.real_data import need_data
 from training.__main__ import main
-from training.config import parse_config, read_config
+from training.build import build_model
+from training.config import Model, parse_config, read_config
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 GOOD = yaml.safe_load((CONFIGS / "recall_small.yaml").read_text())
@@ -19,6 +20,11 @@ def test_each_shipped_configuration_is_valid(path, capsys):
     need_data(read_config(path).task)
     assert main([str(path), "--check"]) == 0
     assert "the configuration is valid" in capsys.readouterr().out
+
+
+def test_a_model_without_blocks_is_one_sentence():
+    with pytest.raises(ConfigError, match=r"torch.nn:Linear returned a Linear without a stack of residual blocks"):
+        build_model(Model(factory="torch.nn:Linear", arguments={"in_features": 2, "out_features": 2}), 0)
 
 
 def test_check_writes_nothing(tmp_path):
@@ -47,6 +53,9 @@ def test_check_writes_nothing(tmp_path):
         ("model.arguments.widht=3", "unknown key 'model.arguments.widht'; did you mean 'model.arguments.width'?"),
         ("model.factory=training.models.gpt:Gpt", "training.models.gpt has no 'Gpt'; did you mean 'GPT'?"),
         ("model.factory=nowhere:GPT", "cannot import 'nowhere'"),
+        ("model.factory=.gpt:GPT", "model.factory cannot be '.gpt:GPT'"),
+        ("model.factory=builtins:dict", "model.factory: builtins:dict has no arguments by name"),
+        ("task={name: images, data: digits}", "GPT raised RuntimeError on the first inputs of the task images"),
         ("device=tpu", "device must be auto, cpu, cuda or cuda:n, got 'tpu'"),
         ("threads=0", "threads cannot be 0: it should be greater than or equal to 1"),
     ],
@@ -93,6 +102,12 @@ def test_a_control_folder_that_cannot_be_made(tmp_path, capsys):
     arguments = [part for change in changes for part in ("--set", change)]
     assert main([str(CONFIGS / "recall_small.yaml"), *arguments]) == 2
     assert "cannot make the control folder" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.yaml").exists()  # which would say that there is a run
+
+
+def test_a_step_to_stop_at_is_not_negative(capsys):
+    assert main([str(CONFIGS / "recall_small.yaml"), "--until", "-3"]) == 2
+    assert "--until takes a step of at least 0, got -3" in capsys.readouterr().err
 
 
 def test_changes_and_defaults(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from training.loop import train
 from training.ranks import Ranks
 from training.run import build_run
 
@@ -78,6 +79,8 @@ def test_two_processes_resume_exactly(written, tmp_path):
         name: [written(f"{name}-{part}", **common, **sections)[0] for part in ("whole", "parts")]
         for name, sections in WAYS.items()
     }
+    alone, _ = written("begun-alone", **common, parallel="fsdp")
+    train(alone, Ranks(0, 1, torch.device("cpu")), until=6)
     assert ran(torchrun(2, HERE / "each_resume.py", tmp_path))
     for name, (whole, parts) in runs.items():
         assert json.loads((Path(parts.output) / "result.json").read_text())["status"] == "finished"
@@ -86,8 +89,9 @@ def test_two_processes_resume_exactly(written, tmp_path):
         assert weights(whole, 10) == weights(parts, 10), name
     assert figures(runs["fsdp"][0]) == figures(runs["fsdp-dcp"][0]) == figures(runs["fsdp-dcp-async"][0])
     for figure in ("loss", "gradient_norm"):
-        ddp, fsdp = ([record[figure] for record in figures(runs[name][0])] for name in ("ddp", "fsdp"))
-        assert ddp == pytest.approx(fsdp, rel=1e-3)  # float32, summed in another order
+        ddp, *others = ([record[figure] for record in figures(run)] for run in (runs["ddp"][0], runs["fsdp"][0], alone))
+        for other in others:
+            assert ddp == pytest.approx(other, rel=1e-3)  # float32, summed in another order
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from training.checkpoint import checkpoints
 from training.loop import train
 from training.ranks import Ranks
 from training.run import build_run
+from training.tasks.evaluation import evaluate
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 KSS = {"alpha": 0.15, "interval": 3, "layer_fraction": 0.5}
@@ -240,6 +241,28 @@ def test_an_order_outside_the_limits_is_rejected_and_changes_nothing(configure):
     answer = writer.applied()
     assert answer.status == "rejected"
     assert "learning_rate_scale 0.1, this trainer allows 0.5 to 1" in answer.message
+
+
+def test_an_order_on_less_than_one_layer_is_rejected(configure):
+    config = configure()  # two blocks
+    writer = ControlWriter(config.control_folder)
+    writer.issue("small", KSSSettings(alpha=0.2, layer_fraction=0.4), Reason())
+    train(config, ALONE, until=2)
+    assert writer.applied().status == "rejected"
+    assert "kss.layer_fraction 0.4, this trainer allows 0.5 to 1" in writer.applied().message
+
+
+def test_the_last_checkpoint_does_not_wait_for_the_evaluation(configure, monkeypatch):
+    """Whoever sent SIGTERM may not wait either; and no more items at once than the micro-batches of training."""
+    config, seen = configure(accumulation=4), []
+
+    def at_once(task, forward, items, size):
+        seen.append((size, [path.name for path in checkpoints(Path(config.output) / "checkpoints")]))
+        return evaluate(task, forward, items, size)
+
+    monkeypatch.setattr("training.loop.evaluate", at_once)
+    train(config, ALONE, until=3)
+    assert seen == [(2, ["step-00000000", "step-00000003"])]
 
 
 def test_an_answer_that_cannot_be_written_does_not_stop_the_run(configure, caplog):
