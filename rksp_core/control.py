@@ -17,6 +17,7 @@ What the files say is in `rksp_core.orders`. No torch here: any process can impo
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -37,6 +38,8 @@ from rksp_core.orders import (
     seconds,
     timestamp,
 )
+
+_log = logging.getLogger(__name__)
 
 ORDER_FILE = "desired.json"
 ACK_FILE = "applied.json"
@@ -181,6 +184,8 @@ class ControlListener:
         Orders for another run are ignored.
     limits
         What this trainer lets an order set; by default any regularizer, and nothing beside it.
+    own
+        What holds before any order.
     mode
         Permission bits of ``applied.json``.
     clock
@@ -193,6 +198,7 @@ class ControlListener:
         run_id: str,
         limits: Limits = Limits(),  # noqa: B008 - it is frozen
         *,
+        own: KSSSettings = KSSSettings(),  # noqa: B008
         mode: int = 0o600,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -203,7 +209,7 @@ class ControlListener:
         self._clock = clock
         self._order_path = str(self.folder / ORDER_FILE)
         self._signature: tuple[int, int, int] | None = None
-        self._active = Levers()
+        self._active = Levers.of(own, None, None)
         self._active_generation = self._obeyed = 0
         self._highest, self._ended = self._acknowledged()
         self._pending_expiry: tuple[float, Desired] | None = None
@@ -309,6 +315,8 @@ class ControlListener:
         return None
 
     def _answer(self, generation: int, step: int, status: str, message: str) -> None:
+        if status in {"rejected", "ignored"}:
+            _log.warning("step %d: order %d is %s: %s", step, generation, status, message)
         answer = Acknowledgement(
             self.run_id,
             generation,

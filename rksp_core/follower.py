@@ -65,7 +65,7 @@ class ControlFollower:
         self.levers = Levers.of(regularizer.settings, None, None)
         self.order: Desired | None = None
         self._regularizer = regularizer
-        self._listener: ControlListener | None = ControlListener(folder, run_id, limits, mode=mode)
+        self._listener: ControlListener | None = ControlListener(folder, run_id, limits, own=self.levers.kss, mode=mode)
         self._several: bool | None = None  # not known before the first step: a loop may join its processes until then
         self._group: dist.ProcessGroup | None = None
 

@@ -62,7 +62,8 @@ class Limits:
             if value is None:
                 continue
             if bounds is None:
-                return f"the order asks for {name} {value}, this trainer has no such lever (control.limits.{name})"
+                asked = f"the order asks for {name} {value}"
+                return f"{asked}, this trainer has no such lever; its limits.{name} must allow it"
             if not bounds[0] <= value <= bounds[1]:
                 return _outside(name, value, f"{bounds[0]:g} to {bounds[1]:g}", name)
         return None
@@ -75,4 +76,4 @@ def _ordered(bounds: Any) -> bool:
 
 
 def _outside(lever: str, value: object, allowed: str, key: str) -> str:
-    return f"the order asks for {lever} {value}, this trainer allows {allowed} (control.limits.{key})"
+    return f"the order asks for {lever} {value}, this trainer allows {allowed} (limits.{key})"

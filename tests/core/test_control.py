@@ -388,15 +388,15 @@ def test_a_clock_set_back_over_a_restart_does_not_revive_an_expired_order(writer
 
 
 OUTSIDE = [
-    (Levers(0.3), "kss.alpha 0.3, this trainer allows 0 to 0.2 (control.limits.alpha)"),
-    (Levers(0.1, 5), "kss.interval 5, this trainer allows 10 to 20 (control.limits.interval)"),
-    (Levers(0.1, 10, 0.9), "kss.layer_fraction 0.9, this trainer allows 0.5 to 0.5 (control.limits.layer_fraction)"),
-    (Levers(0.1, gamma=0.6), "kss.gamma 0.6, this trainer allows 0.3 to 0.5 (control.limits.gamma)"),
-    (Levers(0.1, variant="hinge"), "kss.variant hinge, this trainer allows paper (control.limits.variants)"),
-    (Levers(clip=0.5), "clip 0.5, this trainer has no such lever (control.limits.clip)"),
+    (Levers(0.3), "kss.alpha 0.3, this trainer allows 0 to 0.2 (limits.alpha)"),
+    (Levers(0.1, 5), "kss.interval 5, this trainer allows 10 to 20 (limits.interval)"),
+    (Levers(0.1, 10, 0.9), "kss.layer_fraction 0.9, this trainer allows 0.5 to 0.5 (limits.layer_fraction)"),
+    (Levers(0.1, gamma=0.6), "kss.gamma 0.6, this trainer allows 0.3 to 0.5 (limits.gamma)"),
+    (Levers(0.1, variant="hinge"), "kss.variant hinge, this trainer allows paper (limits.variants)"),
+    (Levers(clip=0.5), "clip 0.5, this trainer has no such lever; its limits.clip must allow it"),
     (
         Levers(learning_rate_scale=2.0),
-        "learning_rate_scale 2.0, this trainer allows 0.1 to 1 (control.limits.learning_rate_scale)",
+        "learning_rate_scale 2.0, this trainer allows 0.1 to 1 (limits.learning_rate_scale)",
     ),
 ]
 
@@ -487,3 +487,16 @@ def test_a_trainer_of_the_first_version_refuses_the_second_by_its_schema(
 def test_an_order_may_be_given_its_levers_in_one(tmp_path: Path) -> None:
     levers = Levers(alpha=0.1, clip=0.5, learning_rate_scale=0.25)
     assert ControlWriter(tmp_path).issue("run", levers, Reason()).levers == levers
+
+
+def test_a_refused_order_is_logged_and_the_answer_says_what_holds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = ControlListener(tmp_path, "run", own=KSSSettings(alpha=0.05))
+    writer = ControlWriter(tmp_path)
+    writer.issue("run", KSSSettings(), Reason(), learning_rate_scale=0.5)
+    assert listener.poll(3) is None
+    assert "step 3: order 1 is rejected: the order asks for learning_rate_scale 0.5" in caplog.text
+    answer = writer.applied()
+    assert answer is not None
+    assert (answer.status, answer.active_kss.alpha) == ("rejected", 0.05)

@@ -159,7 +159,7 @@ def test_an_order_outside_the_trainers_limits_is_rejected_and_the_log_says_why(r
     answer = watcher.logged("answer")[0]
     assert (answer["level"], answer["status"], answer["generation"]) == ("warning", "rejected", 1)
     assert answer["message"] == (
-        "the order asks for learning_rate_scale 2.0, this trainer allows 0.1 to 1 (control.limits.learning_rate_scale)"
+        "the order asks for learning_rate_scale 2.0, this trainer allows 0.1 to 1 (limits.learning_rate_scale)"
     )
     assert watcher.metric("rksp_control_applied_generation") == 0
     assert watcher.end() == 0
