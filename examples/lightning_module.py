@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from rksp_core import Limits
 from rksp_core.integrations.lightning import RkspCallback
 
 LENGTH = 64
