@@ -50,7 +50,13 @@ def main() -> None:
     seed_everything(0)
     rows = windows(options.text, LENGTH)
 
-    callback = RkspCallback(options.run, network="model", probe=rows[:32].clone(), profile_every=options.profile_every)
+    callback = RkspCallback(
+        options.run,
+        network="model",
+        probe=rows[:32].clone(),
+        profile_every=options.profile_every,
+        limits=Limits(learning_rate_scale=(0.1, 1.0)),  # an order may lower the rate, too
+    )
     trainer = Trainer(
         max_steps=options.steps,
         callbacks=[callback],
