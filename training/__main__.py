@@ -1,13 +1,14 @@
 """``python -m training CONFIG.yaml``: train one model, or go on with a run that was interrupted.
 
-Exit codes: 0 the run finished, or stopped cleanly on SIGTERM, SIGUSR1 or --until (``--resume`` goes on with it); 2
-usage or configuration error; 4 the run diverged (label ``rksp`` of `training.labels`), which is a finding and no crash.
+Exit codes: 0 the run finished, or stopped cleanly on SIGTERM, SIGUSR1, Ctrl-C or --until (``--resume`` goes on with it);
+2 usage or configuration error; 130 a second Ctrl-C; 4 the run diverged (label ``rksp`` of `training.labels`), which is a finding and no crash.
 An unknown error keeps Python's traceback and exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import signal
 import sys
@@ -19,6 +20,8 @@ from rksp_core.errors import ConfigError, RkspError
 from training.config import Config, read_config
 
 DIVERGED = 4
+INTERRUPTED = 130
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     except RkspError as error:
         print(f"training: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("training: interrupted; --resume goes on from the newest checkpoint", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,16 +76,30 @@ def _train(config: Config, *, resume: bool, until: int | None) -> int:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGUSR1):  # the second one is what Slurm sends before the time is over
         signal.signal(number, lambda *_: stopping.set())
+    signal.signal(signal.SIGINT, lambda *_: _interrupt(stopping))
     ranks = join(config.device)
     try:
         result = train(config, ranks, resume=resume, until=until, stop=stopping.is_set, say=_say)
     except Elsewhere as error:
         return error.exit_code
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise ConfigError(
+            f"cannot write to {config.output} ({error.strerror}); free some space or change output"
+        ) from error
     finally:
         leave(ranks)
     if ranks.first:
         _say(_summary(config, result))
     return DIVERGED if result["status"] == "diverged" else 0
+
+
+def _interrupt(stopping: threading.Event) -> None:
+    """Stop cleanly at the first Ctrl-C, and at once at the second."""
+    if stopping.is_set():
+        raise KeyboardInterrupt
+    stopping.set()
 
 
 def _summary(config: Config, result: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Every mistake in a configuration is one sentence that names the key, and exit code 2, before any training."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,10 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(change, message, capsys):
         ("model: [", "is not valid YAML at line"),
         ("- a list", "must hold a mapping of settings, got list"),
         (b"\xff\xfe\x00", "cannot read"),
+        (
+            "{model: {factory: 'a:b'}, kss: 0.1}",
+            r"kss must be a section with keys of its own, such as {alpha: ...}, got 0.1",
+        ),
         ("steps: 3", "the key 'model' is missing"),
         (
             "{model: {factory: 'a:b'}, task: {}}",
@@ -94,6 +99,18 @@ def test_an_output_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main([str(CONFIGS / "recall_small.yaml"), "--set", f"output={tmp_path / 'file' / 'run'}"]) == 2
     assert "cannot write to the run folder" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_is_one_sentence(tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # no file may be larger, the log of the steps included
+    changes = [f"output={tmp_path / 'run'}", "profile.sequences=1", "checkpoint.every=0", "task.batch=2"]
+    try:
+        assert main([str(CONFIGS / "recall_small.yaml"), *(part for each in changes for part in ("--set", each))]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_size > 1000
+    assert capsys.readouterr().err.endswith("(File too large); free some space or change output\n")
 
 
 def test_a_control_folder_that_cannot_be_made(tmp_path, capsys):
