@@ -1,8 +1,8 @@
 """``python -m training CONFIG.yaml``: train one model, or go on with a run that was interrupted.
 
-Exit codes: 0 the run finished, or stopped cleanly on SIGTERM, SIGUSR1, Ctrl-C or --until (``--resume`` goes on with it);
-2 usage or configuration error; 130 a second Ctrl-C; 4 the run diverged (label ``rksp`` of `training.labels`), which is a finding and no crash.
-An unknown error keeps Python's traceback and exit code 1.
+Exit codes: 0 the run finished, or stopped cleanly on SIGTERM, SIGUSR1, Ctrl-C or --until (``--resume`` goes on with
+it); 2 usage or configuration error; 4 the run diverged (label ``rksp`` of `training.labels`), which is a finding and no
+crash; 130 a second Ctrl-C. An unknown error keeps Python's traceback and exit code 1.
 """
 
 from __future__ import annotations

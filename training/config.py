@@ -289,6 +289,9 @@ def _sentence(error: ValidationError) -> str:
         return f"the key {where!r} is missing{hint}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
+    if first["type"] == "model_type":
+        own = f"{{{_known_keys(first['loc'])[0]}: ...}}"
+        return f"{where} must be a section with keys of its own, such as {own}, got {first['input']!r}"
     message = first["msg"].replace("Input should", "it should")
     return f"{where} cannot be {first['input']!r}: {message[0].lower()}{message[1:]}"
 

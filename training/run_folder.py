@@ -44,8 +44,8 @@ def open_folder(config: Config, *, resume: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _make_control_folder(config.control_folder)
-        if not stored.exists():  # last: it says that the folder holds a run
-            write_atomic(stored, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        # last: it says that the folder holds a run
+        write_atomic(stored, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     except OSError as error:
         raise ConfigError(f"cannot write to the run folder {folder} ({error.strerror}); change output") from error
 
@@ -70,9 +70,12 @@ def write_probe(folder: Path, batch: dict[str, Tensor]) -> None:
 
 
 def _refuse_another(config: Config, stored: Path) -> None:
-    """A resumed run goes on with what it began with; only the folder itself may have moved."""
-    now = _flat(config.model_dump(mode="json", exclude={"output"}))
-    then = _flat(_read(stored).model_dump(mode="json", exclude={"output"}))
+    """A resumed run goes on with what it began with; only what changes no figure of it may be another."""
+    began = _read(stored)
+    free = {"output", "print_every", "threads", "checkpoint", "control", "metrics"}
+    if config.schedule.name == "constant":
+        free.add("steps")
+    now, then = (_flat(each.model_dump(mode="json", exclude=free)) for each in (config, began))
     changed = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
     if changed:
         key = changed[0]

@@ -77,8 +77,8 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(change, message, capsys):
         ("- a list", "must hold a mapping of settings, got list"),
         (b"\xff\xfe\x00", "cannot read"),
         (
-            "{model: {factory: 'a:b'}, kss: 0.1}",
-            r"kss must be a section with keys of its own, such as {alpha: ...}, got 0.1",
+            "{model: {factory: 'a:b'}, task: {vocabulary: 8, length: 8}, kss: 0.1}",
+            r"kss must be a section with keys of its own, such as \{alpha: ...\}, got 0.1",
         ),
         ("steps: 3", "the key 'model' is missing"),
         (

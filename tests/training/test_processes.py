@@ -39,13 +39,14 @@ def metrics(config) -> list[dict]:
     return [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_sigterm_finishes_the_step_and_writes_a_checkpoint_to_resume_from(written):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_writes_a_checkpoint_to_resume_from(written, number):
     config, path = written(steps=1_000_000, checkpoint={"every": 1_000_000})
     process = training(path)
     log = Path(config.output) / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "")
     assert "stopped at step" in out

@@ -293,6 +293,16 @@ def test_another_configuration_does_not_resume(configure):
         train(configure(optimizer={"learning_rate": 0.01}), ALONE, resume=True)
 
 
+def test_a_run_may_be_made_longer_and_say_less(configure):
+    """What changes no figure of a run may be another one: here its length, as the rate is constant."""
+    whole, longer = configure("whole"), configure("longer", steps=10)
+    train(whole, ALONE)
+    train(longer, ALONE)
+    more = configure("longer", print_every=5, checkpoint={"every": 4, "format": "pt"})
+    assert train(more, ALONE, resume=True)["status"] == "finished"
+    assert_bitwise_equal(final(whole), final(more))
+
+
 def test_resume_where_there_is_nothing_starts_at_the_beginning(configure):
     assert train(configure(), ALONE, resume=True, until=3)["step"] == 3
 
