@@ -72,7 +72,7 @@ def write_probe(folder: Path, batch: dict[str, Tensor]) -> None:
 def _refuse_another(config: Config, stored: Path) -> None:
     """A resumed run goes on with what it began with; only what changes no figure of it may be another."""
     began = _read(stored)
-    free = {"output", "print_every", "threads", "checkpoint", "control", "metrics"}
+    free = {"output", "print_every", "checkpoint", "control", "metrics"}
     if config.schedule.name == "constant":
         free.add("steps")
     now, then = (_flat(each.model_dump(mode="json", exclude=free)) for each in (config, began))
