@@ -5,15 +5,15 @@ Every section forbids unknown keys; a mistake becomes one sentence that names th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from rksp_core.errors import ConfigError
-from training.names import choose, unknown_key
+from training.schema.mistakes import section_named, sentence
 from training.schema.optimizer import AdamW, Optimizer
 from training.schema.section import Count, NotNegative, Section, Whole
 from training.schema.stabilizers import Stabilizers
@@ -184,7 +184,7 @@ class Config(Section):
         model, task = values.get("model"), values.get("task")
         arguments = model.get("arguments") if isinstance(model, dict) else None
         if isinstance(arguments, dict) and isinstance(task, dict):
-            shared = getattr(_section_named(Task, task.get("name")), "shared", ())
+            shared = getattr(section_named(Task, task.get("name")), "shared", ())
             values["task"] = {name: arguments[name] for name in shared if name in arguments} | task
         return values
 
@@ -211,6 +211,19 @@ class Config(Section):
         return Path(self.control.folder) if self.control.folder else Path(self.output) / "control"
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML's own loader takes the last of several values of a key without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} is given twice", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def read_config(path: Path, changes: Iterable[str] = ()) -> Config:
     """Read a configuration and apply ``key=value`` changes, e.g. ``optimizer.learning_rate=0.01``.
 
@@ -222,7 +235,7 @@ def read_config(path: Path, changes: Iterable[str] = ()) -> Config:
         When the file cannot be read, a key is unknown or a value is out of its range.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)  # noqa: S506 - it is a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise ConfigError(f"cannot read {path} ({reason}); give the path of a trainer's YAML file") from error
@@ -250,7 +263,7 @@ def parse_config(document: Mapping[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(dict(document))
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_sentence(error)}") from error
+        raise ConfigError(f"{source}: {sentence(error, Config)}") from error
 
 
 def _set(document: dict[str, Any], change: str) -> None:
@@ -267,80 +280,3 @@ def _set(document: dict[str, Any], change: str) -> None:
         place[name] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {change}: the value is not valid YAML; quote it") from error
-
-
-def _sentence(error: ValidationError) -> str:
-    """Put one of pydantic's findings into a sentence; an unknown key is often the cause of a missing one."""
-    findings = error.errors(include_url=False)
-    first = min(findings, key=lambda finding: finding["type"] != "extra_forbidden")
-    place = _place(first["loc"])
-    where = ".".join(place)
-    if first["type"] == "extra_forbidden":
-        *section, key = place
-        return unknown_key(".".join(section), key, _known_keys(first["loc"][:-1]))
-    if first["type"] == "union_tag_invalid":
-        known = [tag.strip(" '") for tag in first["ctx"]["expected_tags"].split(",")]
-        try:
-            choose(first["ctx"]["tag"], known, f"{where}.name")
-        except ConfigError as unknown:
-            return str(unknown)
-    if first["type"] == "missing":
-        hint = "; give it, or name it among model.arguments" if place[-1] in _shared(first["loc"]) else ""
-        return f"the key {where!r} is missing{hint}"
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    if first["type"] == "model_type":
-        own = f"{{{_known_keys(first['loc'])[0]}: ...}}"
-        return f"{where} must be a section with keys of its own, such as {own}, got {first['input']!r}"
-    message = first["msg"].replace("Input should", "it should")
-    return f"{where} cannot be {first['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _place(location: Sequence[int | str]) -> list[str]:
-    """Return the keys of a finding as the user wrote them: without the names that pydantic puts in for a union."""
-    parts = [str(part) for part in location]
-    tagged = len(parts) > 1 and parts[0] in DEFAULT_NAMES and _section_named(_annotation(parts[:1]), parts[1])
-    return [parts[0], *parts[2:]] if tagged else parts
-
-
-def _shared(location: Sequence[int | str]) -> tuple[str, ...]:
-    section = _section(location[:-1])
-    return getattr(section, "shared", ())
-
-
-def _known_keys(location: Sequence[int | str]) -> list[str]:
-    section = _section(location)
-    return [] if section is None else list(section.model_fields)
-
-
-def _section(location: Sequence[int | str]) -> type[BaseModel] | None:
-    """Return the section at a place in a finding, where a name chooses among the classes of a union."""
-    section: type[BaseModel] | None = Config
-    choices: list[type[BaseModel]] = [Config]
-    for part in map(str, location):
-        named = [each for each in choices if _name(each) == part] if len(choices) > 1 else []
-        if not named and section is not None and part in section.model_fields:
-            named = _sections(section.model_fields[part].annotation)
-        choices = named
-        section = choices[0] if len(choices) == 1 else None
-    return section
-
-
-def _annotation(location: Sequence[str]) -> Any:
-    return Config.model_fields[location[0]].annotation
-
-
-def _section_named(annotation: Any, name: object) -> type[BaseModel] | None:
-    return next((section for section in _sections(annotation) if _name(section) == name), None)
-
-
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """Return the sections that an annotation such as ``A``, ``A | None`` or ``Annotated[A | B, ...]`` allows."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for part in get_args(annotation) for section in _sections(part)]
-
-
-def _name(section: type[BaseModel]) -> object:
-    field = section.model_fields.get("name")
-    return None if field is None else field.default

@@ -74,6 +74,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(change, message, capsys):
     [
         (None, "cannot read"),
         ("model: [", "is not valid YAML at line"),
+        ("steps: 20\nsteps: 30\n", "is not valid YAML at line 1: steps is given twice"),
         ("- a list", "must hold a mapping of settings, got list"),
         (b"\xff\xfe\x00", "cannot read"),
         (
