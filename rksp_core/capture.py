@@ -60,6 +60,13 @@ def find_blocks(model: nn.Module, pattern: str | Sequence[str] | None = None) ->
     return [Block(f"{name}.{key}" if name else key, child) for key, child in stack.named_children()]
 
 
+def draw_blocks(blocks: Sequence[Block], fraction: float, generator: torch.Generator) -> list[Block]:
+    """Draw a share of the blocks, in (0, 1], at least one, without replacement; in depth order."""
+    count = max(1, round(fraction * len(blocks)))
+    order = torch.randperm(len(blocks), generator=generator)[:count]
+    return [blocks[index] for index in sorted(order.tolist())]
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the module behind `torch.compile`, whose graphs would not see hooks that are added later."""
     inner = getattr(model, "_orig_mod", model)

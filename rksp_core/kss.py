@@ -25,7 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from rksp_core.batch import token_mask
-from rksp_core.capture import Block, find_blocks, stream_of, stream_out, uncompiled
+from rksp_core.capture import Block, draw_blocks, find_blocks, stream_of, stream_out, uncompiled
 from rksp_core.dmd import leading_directions
 from rksp_core.moments import ROUNDING
 from rksp_core.orders import VARIANTS, KSSSettings, Levers, Variant
@@ -280,13 +280,10 @@ class KSSRegularizer:
         self.steps += 1
 
     def _chosen(self) -> list[Block]:
-        """Draw the blocks of this step: a share of at least one, without replacement."""
-        count = max(1, round(self.settings.layer_fraction * len(self._blocks)))
-        order = torch.randperm(len(self._blocks), generator=self._generator())[:count]
-        return [self._blocks[index] for index in sorted(order.tolist())]
+        return draw_blocks(self._blocks, self.settings.layer_fraction, self._generator())
 
     def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self._seed * 1_000_003 + self.steps)
+        return step_generator(self._seed, self.steps)
 
     def _enter_module(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         mask = token_mask(kwargs)
@@ -412,6 +409,11 @@ class KSSRegularizer:
         mine = torch.zeros(self._processes, dtype=torch.int64, device=device)
         mine[self._process] = number
         return [int(each) for each in self._sum(mine)]
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """Return the random numbers of one step of a regularizer: blocks and tokens are a function of seed and step."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 def _rows(stream: Tensor, chosen: Tensor | None) -> Tensor:

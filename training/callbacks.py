@@ -16,6 +16,7 @@ from torch import Tensor
 from rksp_core import ProfileWriter, profile_model
 from rksp_core.atomic import write_atomic
 from training.checkpoint import CheckpointWriter
+from training.ranks import sharded
 from training.run import Run
 from training.step import Record, autocast
 
@@ -69,7 +70,7 @@ class Profiles:
         self._writer = ProfileWriter(run.config.output, every=every if run.ranks.first else 0)
         self._every, self._probe, self._say = every, probe, say
         # A shard is no model: there all processes run the probe, and rank 0 keeps the profile.
-        self._together = run.ranks.size > 1 and run.config.parallel == "fsdp"
+        self._together = sharded(run.model)
 
     def after(self, run: Run, record: Record | None) -> None:
         """Write a profile when one is due; trouble in it is said, and never stops the run."""

@@ -35,7 +35,7 @@ from torch import Tensor, distributed, nn
 
 from rksp_core.errors import CheckpointError
 from training.config import Checkpoint
-from training.ranks import Ranks
+from training.ranks import Ranks, sharded
 from training.stabilizers import parametrized, plain_state_dict
 
 SCHEMA = "rksp.checkpoint/2"
@@ -87,7 +87,7 @@ class CheckpointWriter:
         if self._settings.format == "dcp":
             self._write_shards(staging, model, optimizer, document)
             return
-        if _sharded(model) or self._ranks.first:
+        if sharded(model) or self._ranks.first:
             weights, state = _whole(model, optimizer)
         with self._ranks.together(), _writing(target):
             if self._ranks.first:
@@ -193,13 +193,9 @@ def _load_weights(checkpoint: Path, form: str) -> dict[str, Tensor]:
     return weights
 
 
-def _sharded(model: nn.Module) -> bool:
-    return hasattr(model, "set_requires_gradient_sync")  # FSDP2
-
-
 def _whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the weights that a monitor reads, and the training state; where they are sharded, on rank 0 only."""
-    if _sharded(model):
+    if sharded(model):
         weights, state = _states(model, optimizer, full_state_dict=True, cpu_offload=True)
         return weights, {"optimizer": state}
     plain = {name: tensor.detach().cpu() for name, tensor in plain_state_dict(model).items()}
@@ -234,7 +230,7 @@ def _unshared(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _restore_whole(
     model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], state: dict[str, Any]
 ) -> None:
-    if not _sharded(model):
+    if not sharded(model):
         model.load_state_dict(weights)
         optimizer.load_state_dict(state)
         return

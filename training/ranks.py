@@ -58,11 +58,6 @@ class Ranks:
         size = len(whole) // self.size
         return whole[self.rank * size : (self.rank + 1) * size].to(self.device)
 
-    def wait(self) -> None:
-        """Return when every process has come here."""
-        if self.size > 1:
-            distributed.barrier()
-
     @contextmanager
     def together(self) -> Iterator[None]:
         """Fail in all processes where one does, so that none waits for it; what rank 0 says, no other repeats.
@@ -109,10 +104,15 @@ class Ranks:
         return tensor.tolist()
 
 
+def sharded(model: nn.Module) -> bool:
+    """Whether each process holds only its part of the weights (FSDP2), so that all are needed to run the model."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
 @contextmanager
 def synchronized(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Average the gradients over the processes in a backward pass inside the context, or put that off."""
-    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+    if sharded(model):
         model.set_requires_gradient_sync(wanted)
         yield
     elif isinstance(model, DistributedDataParallel) and not wanted:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from training.build import learning_rate
 from training.labels import judge
-from training.ranks import Ranks, synchronized, whole
+from training.ranks import Ranks, sharded, synchronized, whole
 from training.run import Run
-from training.tasks import TRAINING
+from training.tasks import TRAINING, Batch
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,13 @@ def advance(run: Run) -> Record:
     with ExitStack() as terms:
         for regularizer in (run.regularizer, *run.penalties):
             terms.enter_context(regularizer)
-        figures = _gradients(run, step, parameters)
+        batch = run.task.batch(TRAINING, step, config.task.batch)
+        kss_gradients = _KSSGradients(run, parameters)
+        figures = _gradients(run, step, batch, kss_gradients)
+        kss_gradient_ratio = kss_gradients.ratio()
         if run.sam is not None:
             with run.sam.perturbed(parameters):
-                _gradients(run, step, parameters)
+                _gradients(run, step, batch)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = whole(nn.utils.get_total_norm(gradients))
     rate = learning_rate(config.optimizer.learning_rate, config.schedule, step, config.steps)
@@ -99,10 +102,10 @@ def advance(run: Run) -> Record:
         kss_term=figures.kss_term,
         kss_skipped_layers=run.regularizer.skipped_layers,
         auxiliary_loss=figures.auxiliary_loss,
-        kss_gradient_ratio=figures.kss_gradient_ratio,
+        kss_gradient_ratio=kss_gradient_ratio,
         control_generation=0 if run.follower.order is None else run.follower.order.generation,
         step_seconds=seconds,
-        tokens_per_second=None if figures.tokens is None else figures.tokens / seconds,
+        tokens_per_second=None if batch.inputs.is_floating_point() else batch.inputs.numel() / seconds,
     )
 
 
@@ -111,17 +114,14 @@ class _Figures:
     loss: float
     kss_term: float
     auxiliary_loss: float
-    kss_gradient_ratio: float | None
-    tokens: int | None
 
 
-def _gradients(run: Run, step: int, parameters: list[nn.Parameter]) -> _Figures:
+def _gradients(run: Run, step: int, batch: Batch, kss_gradients: _KSSGradients | None = None) -> _Figures:
     """Leave in ``.grad`` the gradient of the step's whole batch: the mean over its micro-batches and processes."""
     seed_step(run.config.seed, step, run.ranks)
     run.optimizer.zero_grad(set_to_none=True)
     count = run.config.accumulation
-    sums, kss_gradients = torch.zeros(3, dtype=torch.float64), _KSSGradients(run, parameters)
-    batch = run.task.batch(TRAINING, step, run.config.task.batch)
+    sums = torch.zeros(3, dtype=torch.float64)
     for index, (inputs, targets) in enumerate(zip(*(part.chunk(count) for part in batch), strict=True)):
         last = index == count - 1
         with synchronized(run.parallel, last):
@@ -130,12 +130,11 @@ def _gradients(run: Run, step: int, parameters: list[nn.Parameter]) -> _Figures:
                 loss = run.task.loss(logits, run.ranks.share(targets))
                 term = run.regularizer.term().to(loss.device)
                 added = sum((penalty.term(loss) for penalty in run.penalties), _auxiliary_loss(run))
-            kss_gradients.add(term / count)
+            if kss_gradients is not None:
+                kss_gradients.add(term / count)
             torch.autograd.backward((loss + term + added) / count)
         sums += torch.stack([part.detach().cpu().double() / count for part in (loss, term, added)])
-    means = run.ranks.mean(*sums)
-    tokens = None if batch.inputs.is_floating_point() else batch.inputs.numel()
-    return _Figures(*means, kss_gradients.ratio(), tokens)
+    return _Figures(*run.ranks.mean(*sums))
 
 
 class _KSSGradients:
@@ -145,7 +144,7 @@ class _KSSGradients:
         period = run.config.metrics.kss_ratio_every * run.regularizer.settings.interval
         due = run.regularizer.due and period > 0 and run.regularizer.steps % period == 0
         # A sharded parameter has no gradient of its own until FSDP2 has scattered it, which `autograd.grad` bypasses.
-        self._on = due and not (run.ranks.size > 1 and run.config.parallel == "fsdp")
+        self._on = due and not sharded(run.model)
         self._ranks, self._parameters = run.ranks, parameters
         self._sum = [torch.zeros_like(parameter) for parameter in parameters] if self._on else []
 

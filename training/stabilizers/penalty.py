@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rksp_core.capture import Block, find_blocks, stream_of, stream_out, uncompiled
+from rksp_core.capture import Block, draw_blocks, find_blocks, stream_of, stream_out, uncompiled
 from rksp_core.errors import ModelError
+from rksp_core.kss import step_generator
 from rksp_core.untouched import as_written
 
 Pair = tuple[Tensor, Tensor]  # h_in, h_out of a block, each (B, T, d)
@@ -115,11 +116,7 @@ class Penalty(ABC):
         self.steps += 1
 
     def _chosen(self) -> list[Block]:
-        """Draw the blocks of this step: a share of at least one, without replacement."""
-        count = max(1, round(self.layer_fraction * len(self._blocks)))
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.steps)
-        order = torch.randperm(len(self._blocks), generator=generator)[:count]
-        return [self._blocks[index] for index in sorted(order.tolist())]
+        return draw_blocks(self._blocks, self.layer_fraction, step_generator(self._seed, self.steps))
 
     def _forget(self, *_: Any) -> None:
         """Drop what a block has shown that was run again in a backward pass."""
