@@ -12,7 +12,8 @@
     |-- CheckpointError             a checkpoint cannot be used
     |   |-- IncompleteCheckpoint    it is still being written: try again
     |   |-- ExpiredCheckpoint       it vanished while it was read: a retention policy removed it
-    |   `-- CorruptCheckpoint       it is complete, and wrong
+    |   |-- CorruptCheckpoint       it is complete, and wrong
+    |   `-- UnsupportedCheckpoint   it is complete, and of a kind that is not read; skipped, and said once
     `-- NotFiniteError              exit code 3: activations are not finite; names the first bad layer
 
 Numerical trouble inside a profile (a rank-deficient layer, say) is no error: it is a status in the result.
@@ -75,6 +76,10 @@ class ExpiredCheckpoint(CheckpointError):  # noqa: N818
 
 class CorruptCheckpoint(CheckpointError):  # noqa: N818
     """The checkpoint is complete, and its content is wrong."""
+
+
+class UnsupportedCheckpoint(CheckpointError):  # noqa: N818
+    """The checkpoint is recognised, and of a kind that is not read, or only with a setting that is off."""
 
 
 class NotFiniteError(RkspError):

@@ -23,7 +23,7 @@ from rksp_core.errors import CheckpointError, ControlError, ExpiredCheckpoint, P
 from rksp_core.orders import Acknowledgement
 from rksp_core.policy import LEVELS, Decision, Evidence, PolicyState, decide
 from rksp_core.profile import ModelProfile
-from rksp_monitor.checkpoints import FORMATS, Kind
+from rksp_monitor.checkpoints import Kind, profile_file
 from rksp_monitor.config import WatchSettings
 from rksp_monitor.discovery import Scanner, Sighting, watch
 from rksp_monitor.ledger import Event, Ledger
@@ -236,7 +236,7 @@ class Daemon:
     def _profile(self, event: Event) -> ModelProfile:
         """Return the event's profile: the trainer's own, or that of a replay."""
         if event.kind == "profile":
-            return ModelProfile.from_dict(FORMATS[event.format].read(event.path))
+            return ModelProfile.from_dict(profile_file.read(event.path))
         assert self._replayer is not None  # noqa: S101 - `_process` skips checkpoints otherwise
         restarts, start = self._replayer.restarts, time.monotonic()
         try:

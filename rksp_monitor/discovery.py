@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint, IncompleteCheckpoint
+from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint
 from rksp_core.profile_writer import FOLDER as PROFILES
 from rksp_monitor.checkpoints import FORMATS, Kind, format_of
+from rksp_monitor.checkpoints.completeness import Completeness
 from rksp_monitor.checkpoints.names import is_candidate, step_in
 
 # Where trainers put things, relative to the run folder (``checkpoint`` is torchtitan's).
@@ -85,13 +86,13 @@ class Scanner:
             return None
         settled = known.KIND == "profile" or (before is not None and before.fingerprint == fingerprint)
         try:
-            known.check_complete(path)
+            found = known.is_complete(path)
         except ExpiredCheckpoint:
             return None
-        except IncompleteCheckpoint as error:
-            return Sighting(path, name, known.KIND, step, fingerprint, complete=False, problem=str(error))
         except CorruptCheckpoint:
-            pass  # complete, and wrong: replay fails with the same sentence, and keeps the count of attempts
+            found = Completeness()  # and wrong: replay fails with the same sentence, and keeps the count of attempts
+        if not found:
+            return Sighting(path, name, known.KIND, step, fingerprint, complete=False, problem=found.problem)
         return Sighting(path, name, known.KIND, step, fingerprint, complete=settled, settling=not settled)
 
 

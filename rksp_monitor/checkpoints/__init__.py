@@ -1,7 +1,7 @@
 """What counts as a checkpoint, one module a format.
 
 Each module of `FORMATS` answers the same questions about a path (`CheckpointFormat`). They never unpickle objects,
-and they say "not yet" (IncompleteCheckpoint) apart from "wrong" (CorruptCheckpoint): a file that is still being
+and they say "not yet" (`Completeness`) apart from "wrong" (CorruptCheckpoint): a file that is still being
 written looks damaged to most readers.
 """
 
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
-from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint
+from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint, IncompleteCheckpoint
 from rksp_monitor.checkpoints import dcp_folder, profile_file, safetensors_file, step_folder, torch_file
+from rksp_monitor.checkpoints.completeness import Completeness
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,14 +34,14 @@ class CheckpointFormat(Protocol):
     def step(self, path: Path) -> int | None:
         """The training step, from the name or what is stored beside it; None when it has none."""
 
-    def check_complete(self, path: Path) -> None:
-        """Return when it can be read; raise IncompleteCheckpoint, ExpiredCheckpoint or CorruptCheckpoint."""
+    def is_complete(self, path: Path) -> Completeness:
+        """Whether it can be read yet; raise ExpiredCheckpoint or CorruptCheckpoint when it never can."""
 
     def files(self, path: Path) -> list[Path]:
         """The files whose size and time tell whether it changed."""
 
-    def read(self, path: Path) -> Mapping[str, Any]:
-        """Its content: a state dict of tensors, or a profile document."""
+    def weights(self, path: Path, *, trust_pickle: bool = False) -> Mapping[str, Tensor]:
+        """The model's tensors by name; a profile has `profile_file.read` instead."""
 
 
 FORMATS: Mapping[str, CheckpointFormat] = cast(
@@ -60,8 +61,15 @@ def format_of(path: Path) -> str | None:
     return next((name for name, known in FORMATS.items() if known.matches(path)), None)
 
 
-def read_weights(path: Path) -> Mapping[str, Tensor]:
+def read_weights(path: Path, *, trust_pickle: bool = False) -> Mapping[str, Tensor]:
     """Read the state dict of a checkpoint file or folder, model weights only.
+
+    Parameters
+    ----------
+    path
+        A file or folder.
+    trust_pickle
+        Whether a format that cannot be read otherwise may run its pickles' code.
 
     Raises
     ------
@@ -76,8 +84,10 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
             f"{path} is no checkpoint; expected a .safetensors, .pt or .pth file, or a folder, "
             "with its step in the name, as in step-100"
         )
-    FORMATS[name].check_complete(path)
-    return FORMATS[name].read(path)
+    found = FORMATS[name].is_complete(path)
+    if not found:
+        raise IncompleteCheckpoint(found.problem)
+    return FORMATS[name].weights(path, trust_pickle=trust_pickle)
 
 
 def step_of(path: Path) -> int | None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint, IncompleteCheckpoint
 from rksp_monitor.checkpoints import step_folder
+from rksp_monitor.checkpoints.completeness import answers
 from rksp_monitor.checkpoints.names import is_candidate
 from rksp_monitor.checkpoints.torch_file import MODEL_KEYS
 
@@ -44,7 +45,8 @@ def files(path: Path) -> list[Path]:
     return sorted([*path.glob(METADATA), *path.glob("*.distcp")])
 
 
-def check_complete(path: Path) -> None:
+@answers
+def is_complete(path: Path) -> None:
     """Check that every file is there with the bytes that ``.metadata`` names.
 
     Raises
@@ -66,7 +68,7 @@ def check_complete(path: Path) -> None:
             raise IncompleteCheckpoint(f"{path.name}: {name} has {found} of {size} bytes")
 
 
-def read(path: Path) -> Mapping[str, Tensor]:
+def weights(path: Path, *, trust_pickle: bool = False) -> Mapping[str, Tensor]:  # noqa: ARG001 - one signature for all
     """Return the model's tensors by their names in the model, put together from their shards.
 
     Raises

@@ -10,6 +10,7 @@ from typing import Any, Final
 from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint, IncompleteCheckpoint, ProfileError
 from rksp_core.profile import ModelProfile
 from rksp_core.profile_writer import FOLDER
+from rksp_monitor.checkpoints.completeness import answers
 from rksp_monitor.checkpoints.names import is_candidate, step_in
 
 KIND: Final = "profile"
@@ -27,7 +28,8 @@ def step(path: Path) -> int | None:
     return step_in(path.name)
 
 
-def check_complete(path: Path) -> None:
+@answers
+def is_complete(path: Path) -> None:
     """Complete when the document parses: our writer renames it into place, another may not."""
     read(path)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rksp_core.errors import CheckpointError, CorruptCheckpoint, ExpiredCheckpoint, IncompleteCheckpoint
+from rksp_monitor.checkpoints.completeness import answers
 from rksp_monitor.checkpoints.names import is_candidate, is_step, step_in
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def files(path: Path) -> list[Path]:
     return [path]
 
 
-def check_complete(path: Path) -> None:
+@answers
+def is_complete(path: Path) -> None:
     """Check the header and the size.
 
     Raises
@@ -68,7 +70,7 @@ def check_complete(path: Path) -> None:
         raise CorruptCheckpoint(f"{path.name} has {size} bytes, its header describes {wanted}; write it again")
 
 
-def read(path: Path) -> Mapping[str, Tensor]:
+def weights(path: Path, *, trust_pickle: bool = False) -> Mapping[str, Tensor]:  # noqa: ARG001 - one signature for all
     """Return the tensors by name, mapped from the file.
 
     Raises

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from rksp_core.errors import ExpiredCheckpoint
 from rksp_monitor.checkpoints import safetensors_file, torch_file
+from rksp_monitor.checkpoints.completeness import Completeness
 from rksp_monitor.checkpoints.names import is_candidate, is_step, step_in
 
 if TYPE_CHECKING:
@@ -50,20 +51,21 @@ def step(path: Path) -> int | None:
 
 def files(path: Path) -> list[Path]:
     """Return the weights file."""
-    weights = _weights(path)
-    return [] if weights is None else [weights]
+    file = _weights(path)
+    return [] if file is None else [file]
 
 
-def check_complete(path: Path) -> None:
+def is_complete(path: Path) -> Completeness:
     """Check the weights file by its own format's rule."""
-    weights = _required(path)
-    _WEIGHTS[weights.name].check_complete(weights)
+    file = _required(path)
+    found: Completeness = _WEIGHTS[file.name].is_complete(file)
+    return found
 
 
-def read(path: Path) -> Mapping[str, Tensor]:
+def weights(path: Path, *, trust_pickle: bool = False) -> Mapping[str, Tensor]:
     """Return the tensors of the weights file."""
-    weights = _required(path)
-    content: Mapping[str, Tensor] = _WEIGHTS[weights.name].read(weights)
+    file = _required(path)
+    content: Mapping[str, Tensor] = _WEIGHTS[file.name].weights(file, trust_pickle=trust_pickle)
     return content
 
 
@@ -72,7 +74,7 @@ def _weights(path: Path) -> Path | None:
 
 
 def _required(path: Path) -> Path:
-    weights = _weights(path)
-    if weights is None:
+    file = _weights(path)
+    if file is None:
         raise ExpiredCheckpoint(f"the weights of {path.name} are gone")
-    return weights
+    return file

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint, IncompleteCheckpoint
+from rksp_monitor.checkpoints.completeness import answers
 from rksp_monitor.checkpoints.names import is_candidate, step_in
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def files(path: Path) -> list[Path]:
     return [path]
 
 
-def check_complete(path: Path) -> None:
+@answers
+def is_complete(path: Path) -> None:
     """Check that the zip directory is there.
 
     Raises
@@ -65,7 +67,7 @@ def check_complete(path: Path) -> None:
         raise CorruptCheckpoint(f"{path.name} cannot be read: {error}") from error
 
 
-def read(path: Path) -> Mapping[str, Tensor]:
+def weights(path: Path, *, trust_pickle: bool = False) -> Mapping[str, Tensor]:  # noqa: ARG001 - one signature for all
     """Return the model's state dict, mapped from the file; optimizer state is never loaded into memory.
 
     Raises

@@ -154,10 +154,10 @@ def test_it_is_complete_with_the_metadata_and_every_byte_it_names(folder: Path):
     with pytest.raises(IncompleteCheckpoint, match="not there yet"):
         read_weights(folder)
     shard.write_bytes(content)
-    dcp_folder.check_complete(folder)
+    assert dcp_folder.is_complete(folder)
     shutil.rmtree(folder)
     with pytest.raises(ExpiredCheckpoint):
-        FORMATS["dcp"].check_complete(folder)
+        FORMATS["dcp"].is_complete(folder)
 
 
 def test_a_shard_that_is_no_tensor_is_refused(folder: Path):

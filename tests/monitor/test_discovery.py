@@ -96,8 +96,8 @@ def test_an_unchanged_file_is_checked_once(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "step-1.safetensors").write_bytes(save(tiny_model.weights(1)))
     scanner, checks = Scanner(tmp_path), []
     known = discovery.FORMATS["safetensors"]
-    real = known.check_complete
-    monkeypatch.setattr(known, "check_complete", lambda path: (checks.append(path), real(path)))
+    real = known.is_complete
+    monkeypatch.setattr(known, "is_complete", lambda path: (checks.append(path), real(path))[1])
     for _ in range(5):
         scanner.scan()
     assert len(checks) == 2
