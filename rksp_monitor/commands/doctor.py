@@ -80,7 +80,7 @@ def _run(folder: Path | None) -> Iterator[tuple[bool | None, str]]:
         return
     from rksp_monitor.config import read_settings
     from rksp_monitor.discovery import Scanner
-    from rksp_monitor.ledger import REMOTE, filesystem_of
+    from rksp_monitor.filesystem import REMOTE, filesystem_of
     from rksp_monitor.run import describe_run
 
     if not folder.is_dir():
