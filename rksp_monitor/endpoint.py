@@ -6,6 +6,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -40,7 +41,15 @@ class _Handler(WSGIRequestHandler):
 
 
 @contextlib.contextmanager
-def serve(listen: str, registry: CollectorRegistry, *, healthy: Probe, ready: Probe) -> Iterator[str]:
+def serve(
+    listen: str,
+    registry: CollectorRegistry,
+    *,
+    healthy: Probe,
+    ready: Probe,
+    web_config: Path | None = None,
+    warn: Callable[[str], object] = lambda text: None,
+) -> Iterator[str]:
     """Serve until the context ends; yields the address in use, ``host:port`` (port 0 picks a free one).
 
     Raises
