@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from rksp_core.compare import Comparison
 from rksp_core.profile import ModelProfile
 from rksp_monitor.report.columns import AGGREGATES, COLUMNS, MISSING, depth_rows, number, share
+from rksp_monitor.report.drawing import draw, table
 
 # Heading, field, and how it reads, of the comparison's layer table.
 COMPARED: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
@@ -27,25 +25,25 @@ COMPARED: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
 
 def profile_table(profile: ModelProfile, title: str, *, width: int = 120, colour: bool = False) -> str:
     """Return the layer table and the depth table of one profile."""
-    layers = _table([(column.heading, column.heading not in ("layer", "status")) for column in COLUMNS])
+    layers = table([(column.heading, column.heading not in ("layer", "status")) for column in COLUMNS])
     for layer in profile.layers:
         layers.add_row(*(Text(column.cell(layer)) for column in COLUMNS))
-    depth = _table([("", False), *((name, True) for name in AGGREGATES)])
+    depth = table([("", False), *((name, True) for name in AGGREGATES)])
     for row in depth_rows(profile):
         depth.add_row(*row)
     remedies = {layer.remedy for layer in profile.layers if layer.remedy}
-    return _draw([Text(title), layers, Text("\nBy depth"), depth, *map(Text, sorted(remedies))], layers, width, colour)
+    return draw([Text(title), layers, Text("\nBy depth"), depth, *map(Text, sorted(remedies))], layers, width, colour)
 
 
 def comparison_table(comparison: Comparison, title: str, *, width: int = 120, colour: bool = False) -> str:
     """Return the change of every layer, as ``value (change)``, and what it means in sentences."""
-    layers = _table([("layer", False), *((heading, True) for heading, _, _ in COMPARED)])
+    layers = table([("layer", False), *((heading, True) for heading, _, _ in COMPARED)])
     for index, layer in enumerate(comparison.profile.layers):
         changes = comparison.changes(index)
         cells = [_cell(getattr(layer, field), changes[field], form) for _, field, form in COMPARED]
         layers.add_row(layer.layer, *cells)
     sentences = [Text(f"- {sentence}") for sentence in comparison.explanation]
-    return _draw([Text(title), layers, Text(""), *sentences], layers, width, colour)
+    return draw([Text(title), layers, Text(""), *sentences], layers, width, colour)
 
 
 def _cell(value: float | None, change: float | None, form: Callable[[float | None], str]) -> str:
@@ -53,21 +51,3 @@ def _cell(value: float | None, change: float | None, form: Callable[[float | Non
         return f"{form(value)} ({MISSING})"
     sign = "-" if change < 0 else "+"
     return f"{form(value)} ({sign}{form(abs(change))})"
-
-
-def _table(columns: Iterable[tuple[str, bool]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading, right in columns:
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
-    return table
-
-
-def _draw(parts: Sequence[Table | Text], widest: Table, width: int, colour: bool) -> str:
-    needed = Console(file=io.StringIO(), width=1000).measure(widest).maximum
-    stream = io.StringIO()
-    console = Console(
-        file=stream, width=max(width, needed), force_terminal=colour, no_color=not colour, highlight=False
-    )
-    for part in parts:
-        console.print(part)
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
