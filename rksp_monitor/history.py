@@ -40,9 +40,9 @@ BESIDE = ("loss", "gradient_norm")  # as the trainer wrote them into its own pro
 class Row:
     """One event. Times are in seconds since the epoch, ``judged`` None for what was not judged.
 
-    ``evidence`` and ``decision`` are the JSON forms of `rksp_core.policy.Evidence` and `Decision`; None for what was
-    not judged, or by a watcher of a time when they were not kept. ``set_aside`` marks what a trainer did after a step
-    that it went back to. ``figures`` has the names of `FIGURES` and `BESIDE`, None where unknown.
+    ``profile``, ``evidence`` and ``decision`` are the JSON forms of `rksp_core.profile.ModelProfile` (without
+    eigenvalues), `rksp_core.policy.Evidence` and `Decision`; None for what was not judged, or by a watcher of a time
+    when they were not kept. ``set_aside`` marks what a trainer did after a step that it went back to.
     """
 
     kind: str
@@ -54,9 +54,17 @@ class Row:
     seen: float | None = None
     judged: float | None = None
     set_aside: bool = False
-    figures: Mapping[str, float | None] = field(default_factory=dict)
+    profile: Mapping[str, Any] | None = None
     evidence: Mapping[str, Any] | None = None
     decision: Mapping[str, Any] | None = None
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """The figures of the profile, by the names of `FIGURES` and `BESIDE`; None where unknown."""
+        profile = self.profile or {}
+        summary = profile.get("summary", {})
+        figures = {name: summary.get(source, {}).get(over) for name, (source, over) in FIGURES.items()}
+        return figures | {name: profile.get(name) for name in BESIDE}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form; times as ISO 8601 texts."""
@@ -70,7 +78,7 @@ class Row:
             "seen": None if self.seen is None else timestamp(self.seen),
             "judged": None if self.judged is None else timestamp(self.judged),
             "set_aside": self.set_aside,
-            "figures": dict(self.figures),
+            "profile": self.profile,
             "evidence": self.evidence,
             "decision": self.decision,
         }
@@ -86,7 +94,7 @@ class Row:
         """
         if not is_whole(document["step"]):
             raise ValueError(f"step must be a whole number, got {document['step']!r}")
-        for name in ("evidence", "decision"):
+        for name in ("profile", "evidence", "decision"):
             if not isinstance(document.get(name), Mapping | None):
                 raise ValueError(f"{name} must be a mapping or null, got {document[name]!r:.40}")
         times = {name: None if document.get(name) is None else seconds(document[name]) for name in ("seen", "judged")}
@@ -99,7 +107,7 @@ class Row:
             path=str(document.get("path", "")),
             **times,
             set_aside=bool(document.get("set_aside", False)),
-            figures=dict(document.get("figures", {})),
+            profile=document.get("profile"),
             evidence=document.get("evidence"),
             decision=document.get("decision"),
         )
@@ -232,16 +240,8 @@ def _ledger_rows(path: Path, run: str, selection: Selection) -> Iterator[Row]:
 
 
 def _row(*values: Any) -> Row:
-    profile, evidence, decision = (None if text is None else json.loads(text) for text in values[9:])
-    return Row(*values[:8], set_aside=bool(values[8]), figures=_figures(profile), evidence=evidence, decision=decision)
-
-
-def _figures(profile: Mapping[str, Any] | None) -> dict[str, float | None]:
-    if not profile:
-        return {}
-    summary = profile.get("summary", {})
-    figures = {name: summary.get(source, {}).get(over) for name, (source, over) in FIGURES.items()}
-    return figures | {name: profile.get(name) for name in BESIDE}
+    *plain, set_aside = values[:9]
+    return Row(*plain, bool(set_aside), *(None if text is None else json.loads(text) for text in values[9:]))
 
 
 @contextlib.contextmanager
