@@ -20,6 +20,11 @@ from rksp_core.policy import Hold
 SCHEMA = "rksp.hold/1"
 
 
+def hold_file(ledger: Path) -> Path:
+    """Return where the hold of a ledger's run lies."""
+    return ledger.with_suffix(".hold.json")
+
+
 def read_hold(path: Path, now: float) -> Hold | None:
     """Return the hold that is in force at ``now`` (seconds since the epoch); None without one, or when it ran out.
 
