@@ -1,43 +1,49 @@
-"""The HTTP endpoint: ``/metrics`` by prometheus_client, ``/healthz`` and ``/readyz`` beside it."""
+"""The HTTP endpoint: ``/metrics`` by prometheus_client, ``/healthz`` and ``/readyz`` beside it, TLS and basic auth.
+
+Every connection has a thread of its own, in which the TLS handshake happens too, so a client that says nothing holds up
+nobody. It has `PATIENCE` seconds to be done, however it spends them; and when `CONNECTIONS` are open, a new one takes
+the place of the one that has kept us waiting longest for its request. Each connection serves one request (HTTP/1.0).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import gzip
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from email.message import Message
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from socketserver import ThreadingMixIn
-from typing import TYPE_CHECKING, Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from socketserver import BaseRequestHandler, TCPServer
+from typing import Any
+from urllib.parse import parse_qs
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from rksp_core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIEnvironment
+from rksp_monitor.web_config import OPEN, Guard, Rules, WebConfig
 
 Probe = Callable[[], bool]
+Answer = tuple[HTTPStatus, Mapping[str, str], bytes]
 
+PATIENCE = 10.0  # seconds from accepting a connection to the end of its answer
+CONNECTIONS = 200  # open at once
+LONGEST_LINE = 65536  # bytes of a request's first line, and of a body that is read to be ignored
 
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-    def server_bind(self) -> None:
-        # Without the reverse look-up of the host's name that WSGIServer makes: it can take seconds.
-        super(WSGIServer, self).server_bind()
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-        self.setup_environ()
-
-
-class _Server6(_Server):
-    address_family = socket.AF_INET6
-
-
-class _Handler(WSGIRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        """Log no requests: a scrape every few seconds is no news."""
+TEXT = {"Content-Type": "text/plain; charset=utf-8"}
+HTML = {"Content-Type": "text/html; charset=utf-8"}
+PAGE = b"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>rksp watch</title></head><body><h1>rksp watch</h1><ul>
+<li><a href="/metrics">/metrics</a> for Prometheus</li>
+<li><a href="/healthz">/healthz</a>: does the watcher work?</li>
+<li><a href="/readyz">/readyz</a>: is every run being watched?</li>
+</ul></body></html>
+"""
 
 
 @contextlib.contextmanager
@@ -48,25 +54,41 @@ def serve(
     healthy: Probe,
     ready: Probe,
     web_config: Path | None = None,
-    warn: Callable[[str], object] = lambda text: None,
+    warn: Callable[[str], object] = lambda _: None,
 ) -> Iterator[str]:
     """Serve until the context ends; yields the address in use, ``host:port`` (port 0 picks a free one).
+
+    Parameters
+    ----------
+    listen
+        ``host:port``, ``[::1]:port`` for IPv6.
+    registry
+        What ``/metrics`` shows.
+    healthy, ready
+        Whether ``/healthz`` and ``/readyz`` answer 200 rather than 503; they are outside basic auth.
+    web_config
+        See `rksp_monitor.web_config`; None serves plain HTTP to everybody.
+    warn
+        Told once when a changed ``web_config`` cannot be used.
 
     Raises
     ------
     ConfigError
-        When the address is malformed or taken.
+        When the address is malformed or taken, or ``web_config`` cannot be used.
     """
     host, port = parse_address(listen)
+    web = None if web_config is None else WebConfig(web_config, warn)
+    site = _Site(registry, {"/healthz": healthy, "/readyz": ready}, Guard())
     server_class = _Server6 if ":" in host else _Server
     try:
-        server = make_server(host, port, _application(registry, healthy, ready), server_class, _Handler)
+        server = server_class((host, port), site, web)
     except OSError as error:
         raise ConfigError(f"cannot listen on {listen} ({error.strerror}); choose another --listen") from error
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.2}, name="endpoint", daemon=True)
     thread.start()
     try:
-        yield f"[{host}]:{server.server_port}" if ":" in host else f"{host}:{server.server_port}"
+        bound = server.server_address[1]
+        yield f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
     finally:
         server.shutdown()
         server.server_close()
@@ -87,21 +109,173 @@ def parse_address(listen: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _application(registry: CollectorRegistry, healthy: Probe, ready: Probe) -> Any:
-    metrics = make_wsgi_app(registry)
-    probes = {"/healthz": healthy, "/readyz": ready}
+@dataclass(eq=False)
+class _Connection:
+    """A connection between its acceptance and its end."""
 
-    def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        path = environ["PATH_INFO"]
+    channel: socket.socket
+    since: float = field(default_factory=time.monotonic)
+    asked: bool = False  # whether its request has been read
+
+    def cut(self) -> None:
+        """End it from another thread: whoever reads or writes there gets an error, TLS or not."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.channel, socket.SHUT_RDWR)
+
+
+class _Server(TCPServer):
+    allow_reuse_address = True
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], site: _Site, web_config: WebConfig | None) -> None:
+        self._site, self._web_config = site, web_config
+        self._open: dict[int, _Connection] = {}  # in the order of arrival
+        self._lock = threading.Lock()
+        super().__init__(address, BaseRequestHandler)  # handlers are made in `_serve`
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread for a connection, in the place of the oldest idle one when there are too many.
+
+        The newcomer, most likely a scrape, is answered in milliseconds; whoever has waited longest is the hanging one.
+        """
+        request.settimeout(PATIENCE)
+        connection = _Connection(request)
+        with self._lock:
+            if len(self._open) >= CONNECTIONS:
+                idle = next((key for key, each in self._open.items() if not each.asked), None)
+                if idle is None:  # every one of them is being answered
+                    self._turn_away(request)
+                    return
+                self._open.pop(idle).cut()
+            self._open[id(connection)] = connection
+        thread = threading.Thread(target=self._serve, args=(connection, client_address), name="endpoint client")
+        thread.daemon = True
+        try:
+            thread.start()
+        except RuntimeError:  # the system gives no more threads
+            self._close(connection)
+
+    def service_actions(self) -> None:
+        """Cut the connections whose time is over; called several times a second."""
+        late = time.monotonic() - PATIENCE
+        with self._lock:
+            for connection in self._open.values():
+                if connection.since > late:
+                    break
+                connection.cut()
+
+    def server_close(self) -> None:
+        """Stop listening, and cut whoever is still there."""
+        super().server_close()
+        with self._lock:
+            for connection in self._open.values():
+                connection.cut()
+
+    def _serve(self, connection: _Connection, client_address: Any) -> None:
+        try:
+            rules = self._web_config.rules() if self._web_config is not None else OPEN
+            if rules.context is not None:
+                # No handshake before the connection is known by its new socket, so that it can be cut.
+                connection.channel = rules.context.wrap_socket(
+                    connection.channel, server_side=True, do_handshake_on_connect=False
+                )
+                connection.channel.do_handshake()
+            _Handler(connection, client_address, self, self._site, rules)
+        except OSError:  # the client went away, was too slow, or speaks no TLS: no news
+            pass
+        finally:
+            self._close(connection)
+
+    def _close(self, connection: _Connection) -> None:
+        with self._lock:
+            self._open.pop(id(connection), None)
+        self.shutdown_request(connection.channel)
+
+    def _turn_away(self, request: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            request.settimeout(0)
+            if self._web_config is None:  # in TLS there is no way to say it
+                request.send(b"HTTP/1.0 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+        self.shutdown_request(request)
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+@dataclass(frozen=True)
+class _Site:
+    """What is served; ``answer`` is a function of the request alone."""
+
+    registry: CollectorRegistry
+    probes: Mapping[str, Probe]
+    guard: Guard
+
+    def answer(self, method: str, target: str, headers: Message, address: str, rules: Rules) -> Answer:
+        path, _, query = target.partition("?")
+        reads = method in {"GET", "HEAD"}
+        if reads and path in self.probes:
+            if self.probes[path]():
+                return HTTPStatus.OK, TEXT, b"ok\n"
+            return HTTPStatus.SERVICE_UNAVAILABLE, TEXT, b"not now\n"
+        if rules.users:
+            admitted = self.guard.admit(rules.users, headers.get("Authorization", ""), address)
+            if admitted == "busy":
+                return HTTPStatus.TOO_MANY_REQUESTS, TEXT | {"Retry-After": "1"}, b"too many passwords at once\n"
+            if admitted == "refused":
+                asks = {"WWW-Authenticate": 'Basic realm="rksp", charset="UTF-8"'}
+                return HTTPStatus.UNAUTHORIZED, TEXT | asks, b"name and password, please\n"
+        if not reads:
+            return HTTPStatus.METHOD_NOT_ALLOWED, TEXT | {"Allow": "GET, HEAD"}, b"GET or HEAD\n"
         if path == "/metrics":
-            body: Iterable[bytes] = metrics(environ, start_response)
-            return body
-        if path in probes:
-            good = probes[path]()
-            status, text = ("200 OK", b"ok\n") if good else ("503 Service Unavailable", b"not now\n")
-        else:
-            status, text = "404 Not Found", b"see /metrics, /healthz and /readyz\n"
-        start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(text)))])
-        return [text]
+            return self._metrics(query, headers)
+        if path == "/":
+            return HTTPStatus.OK, HTML, PAGE
+        return HTTPStatus.NOT_FOUND, TEXT, b"see /metrics, /healthz and /readyz\n"
 
-    return application
+    def _metrics(self, query: str, headers: Message) -> Answer:
+        encode, content_type = choose_encoder(headers.get("Accept", ""))
+        names = parse_qs(query).get("name[]")
+        body = encode(self.registry.restricted_registry(names) if names else self.registry)
+        answer = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
+        if gzip_accepted(headers.get("Accept-Encoding", "")):
+            return HTTPStatus.OK, answer | {"Content-Encoding": "gzip"}, gzip.compress(body, 1)
+        return HTTPStatus.OK, answer, body
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Reads one request and writes its answer."""
+
+    def __init__(self, connection: _Connection, address: Any, server: _Server, site: _Site, rules: Rules) -> None:
+        self._connection, self._site, self._rules = connection, site, rules
+        super().__init__(connection.channel, address, server)
+
+    def handle(self) -> None:
+        """Answer the one request of this connection."""
+        self.raw_requestline = self.rfile.readline(LONGEST_LINE + 1)
+        if len(self.raw_requestline) > LONGEST_LINE:
+            self.requestline, self.request_version, self.command = "", "HTTP/1.0", ""
+            self.send_error(HTTPStatus.REQUEST_URI_TOO_LONG)
+            return
+        if not self.parse_request():  # which has answered
+            return
+        length = self.headers.get("Content-Length", "")
+        if length.isdigit():  # a close with bytes unread would take the answer with it
+            self.rfile.read(min(int(length), LONGEST_LINE))
+        self._connection.asked = True
+        status, headers, body = self._site.answer(
+            self.command, self.path, self.headers, str(self.client_address[0]), self._rules
+        )
+        self.send_response(status)
+        for name, value in (*headers.items(), *self._rules.headers, ("Content-Length", str(len(body)))):
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def version_string(self) -> str:
+        """Return the Server header: no version for strangers."""
+        return "rksp"
+
+    def log_message(self, *_: Any) -> None:
+        """Log no requests: a scrape every few seconds is no news."""
