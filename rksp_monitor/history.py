@@ -244,6 +244,21 @@ def _row(*values: Any) -> Row:
     return Row(*plain, bool(set_aside), *(None if text is None else json.loads(text) for text in values[9:]))
 
 
+def read_states(ledger: Path, run: str) -> dict[str, dict[str, Any]]:
+    """Return what a watcher keeps between events, by name ("policy", "order"); nothing when there is no ledger yet.
+
+    Raises
+    ------
+    ConfigError
+        When the ledger cannot be read.
+    """
+    if not ledger.is_file():
+        return {}
+    with _opened(ledger) as database:
+        rows = database.execute("SELECT name, document FROM state WHERE run = ?", (run,))
+        return {name: json.loads(document) for name, document in rows}
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[sqlite3.Connection]:
     """Open a ledger for reading alone; where nobody writes it, not even a lock is left beside it."""

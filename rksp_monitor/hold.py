@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rksp_core.atomic import write_atomic
-from rksp_core.errors import ControlError, RkspError
+from rksp_core.errors import ControlError
 from rksp_core.orders import is_number
 from rksp_core.policy import Hold
 
@@ -37,10 +37,10 @@ def read_hold(path: Path, now: float) -> Hold | None:
     if document is None:
         return None
     try:
-        hold = Hold.from_dict({name: value for name, value in document.items() if name not in ("schema", "since")})
-    except (RkspError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ControlError(f"{path} is no hold ({error}); {_WAYS_OUT}") from error
-    return None if hold.until is not None and hold.until <= now else hold
+        hold = Hold.from_dict(document)
+    except ControlError as error:
+        raise ControlError(f"{path}: {error}") from error
+    return hold if hold.holds(now) else None
 
 
 def held_since(path: Path) -> float | None:
