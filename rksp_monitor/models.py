@@ -76,8 +76,32 @@ def load_model(source: str, *, arguments: Mapping[str, Any] | None = None, seed:
     return _describe(module, source, "factory")
 
 
+def code_folder(source: str) -> Path:
+    """Return the folder that the code of a model is looked for in first.
+
+    A trainer runs from some folder above its configuration: the nearest one that holds the factory's package. For
+    every other source, and where there is none, it is the current folder.
+    """
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        with contextlib.suppress(ModelError):  # `load_model` says what is wrong
+            top = _read_trainer(path)[0].partition(":")[0].partition(".")[0]
+            for folder in path.resolve().parents:
+                if (folder / top).is_dir() or (folder / f"{top}.py").is_file():
+                    return folder
+    return Path.cwd()
+
+
 def _from_trainer(path: Path, arguments: Mapping[str, Any], seed: int) -> LoadedModel:
     """Build the model of a trainer's YAML as the trainer would."""
+    factory, given = _read_trainer(path)
+    folders = dict.fromkeys([Path.cwd(), code_folder(str(path))])
+    module = call_factory(factory, {**given, **arguments}, list(folders), seed)
+    return _describe(module, str(path), "trainer")
+
+
+def _read_trainer(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the factory and the arguments that a trainer's YAML names."""
     import yaml
 
     try:
@@ -97,11 +121,7 @@ def _from_trainer(path: Path, arguments: Mapping[str, Any], seed: int) -> Loaded
         raise ModelError(
             f"model.arguments in {path} is a {type(given).__name__}, expected a mapping of names to values"
         )
-    # The trainer runs from some folder above its configuration: the nearest one that holds the package.
-    top = factory.partition(":")[0].partition(".")[0]
-    above = [folder for folder in path.resolve().parents if (folder / top).is_dir() or (folder / f"{top}.py").is_file()]
-    module = call_factory(factory, {**given, **arguments}, [Path.cwd(), *above[:1]], seed)
-    return _describe(module, str(path), "trainer")
+    return factory, given
 
 
 def call_factory(reference: str, arguments: Mapping[str, Any], folders: Iterable[Path], seed: int) -> nn.Module:

@@ -1,198 +1,310 @@
-"""Replay in a separate process: what a checkpoint does to torch, memory or time ends there, not in the daemon.
+"""Replay in worker processes, one a device: what a checkpoint does to torch, memory or time ends there, not here.
 
-The worker is spawned when it is first needed and used again; after a crash or a time limit the next replay starts
-another. Both ends talk JSON: nothing that a checkpoint could influence is unpickled in the daemon.
+`ReplayPool` belongs to the session; each run's thread calls a `Replayer` of its own. Runs take turns at a device, first
+come first served, and a run has one request at a time, so none starves.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import multiprocessing
-import os
-import signal
-import sys
+import re
 import threading
 import time
-import traceback
-from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rksp_core import errors
 from rksp_core.errors import CheckpointError, RkspError
 from rksp_core.profile import ModelProfile
-from rksp_monitor.daemon import Abandoned
-from rksp_monitor.subject import Subject, SubjectSettings
+from rksp_monitor.config import Workers
+from rksp_monitor.subject import SubjectSettings
+from rksp_monitor.worker_process import GIB, POLL_SECONDS, WorkerEnded, WorkerProcess
 
-POLL_SECONDS = 0.25  # between two signs of life, and at most this late to a stop
+CLOSING_SECONDS = 2.0  # that `ReplayPool.close` waits for a thread to notice; then its worker is ended under it
+STARTS = 2  # attempts to start a worker: one that is killed while it starts is no reason to suspend a run
+
+Report = Callable[[str, Mapping[str, Any]], None]
 
 
-class ReplayWorker:
-    """The daemon's end.
+class Abandoned(Exception):  # noqa: N818 - an outcome of a replay, no error
+    """The replay was given up because the daemon stops."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A profile, and how it came about.
+
+    ``seconds`` is the replay itself, without the wait for a turn or a worker. ``notes`` say what was done otherwise
+    than asked: smaller micro-batches, or on another device.
+    """
+
+    profile: ModelProfile
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+class ReplayPool:
+    """The worker processes of one daemon; they are started when they are first needed.
 
     Parameters
     ----------
-    settings
-        What checkpoints are replayed with.
-    timeout
-        Seconds that a start, or a replay, may take.
-    niceness, threads
-        Of the worker: training on the same machine comes first.
+    workers
+        Priority, threads and memory of each.
+    devices
+        What a run's device ``auto`` may mean, as in ``("cuda:0", "cuda:1")``; None finds out.
     stop
-        When set, a replay that runs is given up.
-    started
-        Called with the worker's process, model and probe each time one is ready.
+        When set, replays that wait or run are given up.
+    report
+        Called, in a run's thread, with ("started", {device, pid, run}), ("built", {device, pid, run, model, kind,
+        probe}) or ("ended", {device, pid, run, reason}); ``run`` is the one whose replay brought it about.
     """
 
     def __init__(
         self,
-        settings: SubjectSettings,
+        workers: Workers | None = None,
         *,
-        timeout: float,
-        niceness: int = 10,
-        threads: int = 1,
+        devices: Sequence[str] | None = None,
         stop: threading.Event | None = None,
-        started: Callable[[Mapping[str, Any]], None] = lambda _: None,
+        report: Report = lambda _what, _about: None,
     ) -> None:
-        self.restarts = 0
-        self.process: BaseProcess | None = None
-        self._announce = started
-        self._settings, self._timeout = settings, timeout
-        self._niceness, self._threads = niceness, threads
-        self._stop = stop or threading.Event()
-        self._connection: Connection | None = None
-        self._started = 0
+        self.workers, self.report = workers or Workers(), report
+        self._devices = None if devices is None else tuple(devices)
+        self._stop, self._closed = stop or threading.Event(), threading.Event()
+        self._places: dict[str, _Place] = {}
+        self._lock = threading.Lock()
 
-    def replay(self, path: Path, *, tick: Callable[[], None] = lambda: None) -> ModelProfile:
+    def replayer(self, run: str, settings: SubjectSettings, *, timeout: float) -> Replayer:
+        """Return what the run called ``run`` replays its checkpoints with, each within ``timeout`` seconds."""
+        return Replayer(self, run, settings, timeout)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether replays are given up."""
+        return self._stop.is_set() or self._closed.is_set()
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """The processes that run now, by device."""
+        workers = {device: place.worker for device, place in list(self._places.items())}
+        return {device: worker.pid for device, worker in workers.items() if worker is not None}
+
+    def close(self) -> None:
+        """End all workers, whatever they are doing."""
+        self._closed.set()
+        for place in list(self._places.values()):
+            with contextlib.suppress(TimeoutError), place.turn(place.join(), _until(CLOSING_SECONDS)):
+                place.end()
+            place.kill()  # a thread that hangs in its own tick did not hand it back
+
+    def join(self, device: str, last: _Place | None) -> tuple[_Place, object]:
+        """Queue up where a run of that device belongs: the shortest queue, and of equal ones the one it used last."""
+        with self._lock:
+            places = [self._place(name) for name in self._candidates(device)]
+            place = min(places, key=lambda one: (one.waiting, one is not last))
+            return place, place.join()
+
+    def _place(self, device: str) -> _Place:
+        return self._places.setdefault(device, _Place(device))
+
+    def _candidates(self, device: str) -> tuple[str, ...]:
+        if device == "auto":
+            if self._devices is None:
+                self._devices = cuda_devices() or ("cpu",)
+            return self._devices
+        if device == "cuda":
+            return ("cuda:0",)
+        # A worker says what is wrong with another name: that is no reason to start one for it.
+        return (device,) if re.fullmatch(r"cuda:\d+", device) else ("cpu",)
+
+
+class Replayer:
+    """What one run replays its checkpoints with.
+
+    Attributes
+    ----------
+    restarts
+        Workers that ended because of this run's checkpoints, and those that it found dead.
+    """
+
+    def __init__(self, pool: ReplayPool, run: str, settings: SubjectSettings, timeout: float) -> None:
+        self.restarts = 0
+        self._pool, self._run, self._settings, self._timeout = pool, run, settings, timeout
+        self._last: _Place | None = None
+
+    def replay(self, path: Path, *, noise: bool = False, tick: Callable[[], None] = lambda: None) -> Replayed:
         """Return the profile of a checkpoint.
+
+        Parameters
+        ----------
+        path
+            The checkpoint; a remote one is named by its URL.
+        noise
+            Whether to measure the profile's standard errors too.
+        tick
+            Called at least every 0.25 s meanwhile; what it raises ends the replay and is passed on.
 
         Raises
         ------
         CheckpointError
-            When the checkpoint cannot be used, the worker died, or the time is over.
-        ModelError, ProbeError, DeviceError
-            When the worker cannot even start: no checkpoint can be replayed.
+            When the checkpoint cannot be used, its worker died, or its time or memory was over.
+        ModelError, ProbeError, DeviceError, MemoryLimitError
+            When the model cannot be built: no checkpoint can be replayed until somebody repairs that.
+        RkspError
+            When no worker process could be started.
         Abandoned
-            When ``stop`` was set.
+            When the daemon stops.
         """
-        if self.process is None:
-            self._start(tick)
-        assert self._connection is not None  # noqa: S101 - `_start` made it
-        with contextlib.suppress(BrokenPipeError):
-            self._connection.send_bytes(str(path).encode())
-        answer = self._receive(f"the replay of {path.name}", tick)
-        if "profile" in answer:
-            return ModelProfile.from_dict(answer["profile"])
-        raise _error(answer)
+        place, ticket = self._pool.join(self._settings.device, self._last)
+        self._last = place
 
-    def close(self) -> None:
-        """End the worker, whatever it is doing."""
-        if self._connection is not None:
-            self._connection.close()
-        if self.process is not None:
-            self.process.kill()
-            self.process.join()
-            self.process.close()
-        self.process = self._connection = None
+        def sign_of_life() -> None:
+            tick()
+            if self._pool.stopping:
+                raise Abandoned
 
-    def _start(self, tick: Callable[[], None]) -> None:
-        self.restarts += self._started > 0
-        self._started += 1
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        arguments = (theirs, dataclasses.asdict(self._settings), os.getpid(), self._niceness, self._threads)
-        self.process = context.Process(target=_serve, args=arguments, name="rksp-replay", daemon=True)
-        self.process.start()
-        theirs.close()
-        answer = self._receive("the start of the replay worker", tick)
+        with place.turn(ticket, sign_of_life):
+            sign_of_life()
+            return self._replay(place, path, noise, sign_of_life)
+
+    def _replay(self, place: _Place, path: Path, noise: bool, tick: Callable[[], None]) -> Replayed:
+        settings = self._settings
+        known = settings.device in ("auto", "cuda")
+        subject = dataclasses.replace(settings, device=place.device) if known else settings
+        request = {"path": str(path), "subject": dataclasses.asdict(subject), "noise": noise}
+        if place.worker is not None and not place.worker.alive:
+            self._end(place, f"it was found dead: {place.worker.how_it_ended()}")
+            self.restarts += 1
+        answer = self._ask(place, request, path.name, tick)
+        if answer.get("stale"):  # its imports are those of another run's code: they cannot be undone in a process
+            self._end(place, str(answer["stale"]))
+            answer = self._ask(place, request, path.name, tick)
+        if "built" in answer:
+            self._report(place, "built", **answer["built"])
+        limit = self._pool.workers.memory_limit
+        if limit is not None and answer["memory"] > limit * GIB:
+            self._end(place, f"{path.name} left it with {answer['memory'] / GIB:.1f} GiB, above {limit:g} GiB")
+            self.restarts += 1
         if "error" in answer:
-            self.close()
             raise _error(answer)
-        self._announce(answer)
+        profile = ModelProfile.from_dict(answer["profile"])
+        return Replayed(profile, float(answer["seconds"]), tuple(answer["notes"]))
 
-    def _receive(self, what: str, tick: Callable[[], None]) -> dict[str, Any]:
-        """Wait for an answer; end the worker when there will be none."""
-        assert self._connection is not None  # noqa: S101
-        assert self.process is not None  # noqa: S101
-        end = time.monotonic() + self._timeout
+    def _ask(self, place: _Place, request: Mapping[str, Any], name: str, tick: Callable[[], None]) -> dict[str, Any]:
+        """Return the worker's answer; one that gives none is ended."""
+        worker = place.worker or self._start(place, tick)
+        what = f"the replay of {name}"
         try:
-            while not self._connection.poll(POLL_SECONDS):
+            return worker.ask(request, timeout=self._timeout, tick=tick)
+        except WorkerEnded as error:
+            self._end(place, f"{what} {error}")
+            self.restarts += 1
+            raise CheckpointError(f"{what} {error}") from error
+        except BaseException as error:  # its answer would be taken for that of the next request
+            self._end(place, f"{what} was given up ({type(error).__name__})")
+            raise
+
+    def _start(self, place: _Place, tick: Callable[[], None]) -> WorkerProcess:
+        for attempt in range(1, STARTS + 1):
+            worker = WorkerProcess(self._pool.workers)
+            place.worker = worker
+            try:
+                worker.greet(timeout=self._timeout, tick=tick)
+            except WorkerEnded as error:
+                self._end(place, f"its start {error}")
+                if attempt == STARTS:
+                    raise RkspError(f"no replay worker could be started for {place.device}: it {error}") from error
+            except BaseException:
+                self._end(place, "its start was given up")
+                raise
+            else:
+                break
+        self._report(place, "started")
+        return worker
+
+    def _end(self, place: _Place, reason: str) -> None:
+        self._report(place, "ended", reason=reason)
+        place.end()
+
+    def _report(self, place: _Place, what: str, **about: Any) -> None:
+        pid = place.worker.pid if place.worker else None
+        self._pool.report(what, {"device": place.device, "pid": pid, "run": self._run, **about})
+
+
+class _Place:
+    """One device: its worker process, if it has one, and the requests that wait for it."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.worker: WorkerProcess | None = None
+        self._queue: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    def join(self) -> object:
+        """Queue up; `turn` must follow."""
+        ticket = object()
+        with self._changed:
+            self._queue.append(ticket)
+        return ticket
+
+    @contextlib.contextmanager
+    def turn(self, ticket: object, tick: Callable[[], None]) -> Iterator[None]:
+        """Wait for one's turn, and have it for the length of the block; what ``tick`` raises ends the wait."""
+        try:
+            while not self._first(ticket):
                 tick()
-                if self._stop.is_set():
-                    self.close()
-                    raise Abandoned
-                if time.monotonic() > end:
-                    self.close()
-                    raise CheckpointError(f"{what} took longer than {self._timeout:g} s; raise replay.timeout")
-            answer: dict[str, Any] = json.loads(self._connection.recv_bytes())
-        except (EOFError, ConnectionResetError) as error:
-            self.process.join(timeout=5)
-            code = self.process.exitcode
-            self.close()
-            how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
-            raise CheckpointError(f"{what} ended its worker {how}; out of memory, or a crash in native code") from error
-        return answer
+            yield
+        finally:
+            with self._changed:
+                self._queue.remove(ticket)
+                self._changed.notify_all()
+
+    def _first(self, ticket: object) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._queue[0] is ticket, POLL_SECONDS)
+
+    def end(self) -> None:
+        """End the worker process; only whose turn it is may call this."""
+        worker, self.worker = self.worker, None
+        if worker is not None:
+            worker.close()
+
+    def kill(self) -> None:
+        """Kill the worker process whoever is talking to it."""
+        worker = self.worker
+        if worker is not None:
+            worker.kill()
+
+
+def cuda_devices() -> tuple[str, ...]:
+    """Return the CUDA devices of this machine; torch, which takes seconds to import, is asked only where one may be."""
+    nodes = (*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd"), *Path("/dev").glob("dxg"))
+    if not nodes:
+        return ()
+    import torch
+
+    return tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+
+
+def _until(seconds: float) -> Callable[[], None]:
+    end = time.monotonic() + seconds
+
+    def tick() -> None:
+        if time.monotonic() > end:
+            raise TimeoutError
+
+    return tick
 
 
 def _error(answer: Mapping[str, Any]) -> RkspError:
-    kind = getattr(errors, answer["error"], CheckpointError)
-    return kind(answer["message"])
-
-
-def _serve(connection: Connection, settings: Mapping[str, Any], parent: int, niceness: int, threads: int) -> None:
-    """Be the worker: build the subject once, then profile one path after another until the pipe closes."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # they reach the whole process group; the daemon decides
-    os.dup2(sys.stderr.fileno(), 1)  # a model that prints must not write into the daemon's output
-    os.nice(niceness)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    try:
-        import torch
-
-        torch.set_num_threads(threads)
-        subject = Subject(SubjectSettings(**settings))
-    except RkspError as error:
-        _send(connection, {"error": type(error).__name__, "message": str(error)})
-        return
-    described = {
-        "pid": os.getpid(),
-        "probe": subject.probe.to_dict(),
-        "model": subject.model.source,
-        "kind": subject.model.kind,
-    }
-    _send(connection, described)
-    while True:
-        try:
-            path = Path(connection.recv_bytes().decode())
-        except EOFError:
-            return
-        _send(connection, _answer(subject, path))
-
-
-def _answer(subject: Subject, path: Path) -> dict[str, Any]:
-    try:
-        return {"profile": subject.profile(path).to_dict(eigenvalues=False)}
-    except CheckpointError as error:
-        return {"error": type(error).__name__, "message": str(error)}
-    except RkspError as error:
-        return {"error": "CheckpointError", "message": f"{path.name}: {error}"}
-    except Exception as error:  # noqa: BLE001 - the worker lives on; the daemon records what happened
-        traceback.print_exc()
-        text = " ".join(str(error).split())[:300]
-        return {"error": "CheckpointError", "message": f"{path.name}: the replay raised {type(error).__name__}: {text}"}
-
-
-def _send(connection: Connection, answer: Mapping[str, Any]) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        connection.send_bytes(json.dumps(answer).encode())
-
-
-def _end_with(parent: int) -> None:
-    """End this process when the daemon is gone: a replay that hangs must not outlive it."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
+    kind = getattr(errors, str(answer["error"]), None)
+    if not (isinstance(kind, type) and issubclass(kind, RkspError)):
+        kind = CheckpointError
+    return kind(str(answer["message"]))
