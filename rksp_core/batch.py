@@ -59,6 +59,17 @@ def part(batch: Batch, start: int, stop: int) -> Batch:
     return _map(batch, cut)
 
 
+def select(batch: Batch, kept: Bool[Tensor, " sequences"]) -> Batch:
+    """Return the sequences of the batch that are kept; what has another first dimension is passed on whole."""
+    count = sequences(batch)
+
+    def cut(value: Any) -> Any:
+        rows = isinstance(value, Tensor) and value.ndim and value.shape[0] == count
+        return value[kept.to(value.device)] if rows else value
+
+    return _map(batch, cut)
+
+
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """Return the batch with all its tensors on ``device``."""
     return _map(batch, lambda value: value.to(device) if isinstance(value, Tensor) else value)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rksp_core.drift import features
 from rksp_core.errors import ProfileError
+from rksp_core.features import features
 from rksp_core.profile import LayerProfile, ModelProfile
 
 SCHEMA = "rksp.compare/1"

@@ -1,62 +1,110 @@
 """What the drift of a run asks for: a risk level, and an order to the trainer when one is due. Pure.
 
-    state, decision = decide(state, Evidence(drift, at), policy)
+    state, decision = decide(state, Evidence(drift, at, series), policy, hold)
 
 Rules fire on one event; the level moves only when events in a row agree (hysteresis); orders keep a distance
-(cool-down) and are renewed before they expire. Time enters as a value, so a decision can be replayed exactly.
+(cool-down) and are renewed before they expire. Checkpoints and the trainer's own profiles are two series, each with its
+own order of events and its own hysteresis: a replay that takes an hour says something about its step all the same. The
+run's level is the highest of them. Time enters as a value, so a decision can be replayed exactly.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from rksp_core.drift import FEATURES, Drift
-from rksp_core.errors import ConfigError
+from rksp_core.drift import Drift
+from rksp_core.errors import ConfigError, ControlError
+from rksp_core.features import DISTANCES, FEATURES
 from rksp_core.orders import Levers, Reason, is_number, is_whole
 
 LEVELS = ("ok", "elevated", "high", "critical")
 FOR_EVER = 1e9  # seconds, 31 years: a longer time ends where no calendar goes
 
 
+class PolicyError(ConfigError, ValueError):
+    """A rule says something impossible; as a ValueError, so that a reader of settings can say where it stands."""
+
+
 @dataclass(frozen=True)
 class Condition:
-    """One comparison: ``metric`` (of `rksp_core.drift.FEATURES`) falls or rises by more than ``by``.
+    """One comparison: ``metric`` falls or rises by more than ``by``, by more than so many ``sigmas``, or by both.
 
-    ``against`` is the run's trailing average, its baseline, or ``absolute``: then the value itself must lie above
-    ``by`` (rises) or below it (falls). An unknown value never fires.
+    Metrics are `rksp_core.features.FEATURES` and `DISTANCES`. ``against`` is the run's trailing average, its baseline,
+    the healthy reference run at the same step, or ``absolute``: then the value itself must lie above ``by`` (rises) or
+    below it (falls). A move has to be large enough to matter and certain enough to be real, so ``by`` and ``sigmas``
+    together ask for both. An unknown value never fires.
     """
 
     metric: str
-    by: float
-    against: Literal["trailing", "baseline", "absolute"] = "trailing"
+    by: float | None = None
+    against: Literal["trailing", "baseline", "reference", "absolute"] = "trailing"
     direction: Literal["falls", "rises"] = "rises"
+    sigmas: float | None = None
 
     def __post_init__(self) -> None:
-        if self.metric not in FEATURES:
-            near = get_close_matches(self.metric, FEATURES, 1, 0.0)[0]
-            raise ConfigError(f"a rule names the unknown metric {self.metric!r}; did you mean {near!r}?")
-        if not is_number(self.by):
-            raise ConfigError(f"a rule about {self.metric}: by must be a finite number, got {self.by!r}; correct it")
+        known = (*FEATURES, *DISTANCES)
+        if self.metric not in known:
+            near = get_close_matches(self.metric, known, 1, 0.0)[0]
+            raise PolicyError(f"a rule names the unknown metric {self.metric!r}; did you mean {near!r}?")
+        about = f"a rule about {self.metric}"
+        if self.by is None and self.sigmas is None:
+            raise PolicyError(f"{about} says not how far it must move; give by, sigmas or both")
+        if self.by is not None and not is_number(self.by):
+            raise PolicyError(f"{about}: by must be a finite number, got {self.by!r}; correct it")
+        if self.sigmas is not None and not (is_number(self.sigmas) and self.sigmas > 0):
+            raise PolicyError(f"{about}: sigmas must be a number above 0, got {self.sigmas!r}; correct it")
+        if self.against == "absolute" and self.sigmas is not None:
+            raise PolicyError(f"{about}: an absolute value has no sigmas; give by alone, or compare it with something")
+        if self.metric in DISTANCES and (self.against == "absolute" or self.direction == "falls"):
+            raise PolicyError(f"{about}: a distance rises, against trailing, baseline or reference; correct it")
 
-    def holds(self, drift: Drift) -> bool:
-        """Whether the comparison is true of this event."""
-        value, reference = drift.values.get(self.metric), self.reference(drift)
-        if value is None or reference is None:
-            return False
+    def judge(self, drift: Drift) -> ConditionFinding:
+        """Return whether the comparison is true of this event, with the numbers that say so."""
+        sign = 1.0 if self.direction == "rises" else -1.0
+        value, other, deviation, least = drift.values.get(self.metric), None, None, self.by
         if self.against == "absolute":
-            return value > self.by if self.direction == "rises" else value < self.by
-        moved = value - reference
-        return moved > self.by if self.direction == "rises" else -moved > self.by
+            moved, least = value, None if self.by is None else sign * self.by
+        else:
+            moved, deviation = drift.moved(self.metric, self.against), drift.sigmas(self.metric, self.against)
+            other = drift.compared(self.against).get(self.metric)
+            value = moved if self.metric in DISTANCES else value
+        far = least is None or (moved is not None and sign * moved > least)
+        sure = self.sigmas is None or (deviation is not None and sign * deviation > self.sigmas)
+        return ConditionFinding(self, value, other, deviation, far and sure)
 
-    def reference(self, drift: Drift) -> float | None:
-        """Return the number that the value is compared with."""
-        if self.against == "absolute":
-            return self.by
-        return (drift.trailing if self.against == "trailing" else drift.baseline).get(self.metric)
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form; what is None is left out."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class ConditionFinding:
+    """What a condition found: the value, what it was compared with, the deviation in sigmas, and whether it held.
+
+    ``value`` of a distance is the distance. None is what is not known, or does not apply.
+    """
+
+    condition: Condition
+    value: float | None
+    reference: float | None
+    deviation: float | None
+    held: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form: the condition's own, with what it found beside it."""
+        found = {"value": self.value, "reference": self.reference, "deviation": self.deviation, "held": self.held}
+        return self.condition.to_dict() | found
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> ConditionFinding:
+        """Read the JSON form."""
+        values = dict(document)
+        found = {name: values.pop(name) for name in ("value", "reference", "deviation", "held")}
+        return cls(Condition(**values), **found)
 
 
 @dataclass(frozen=True)
@@ -70,13 +118,37 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.level not in (1, 2, 3):
-            raise ConfigError(f"rule {self.name!r}: level must be 1, 2 or 3, got {self.level!r}; correct the rule")
+            raise PolicyError(f"rule {self.name!r}: level must be 1, 2 or 3, got {self.level!r}; correct the rule")
         if not self.all:
-            raise ConfigError(f"rule {self.name!r} has no condition, so it would always fire; add one under `all`")
+            raise PolicyError(f"rule {self.name!r} has no condition, so it would always fire; add one under `all`")
 
-    def fires(self, drift: Drift) -> bool:
-        """Whether the rule is armed at this step and every condition holds."""
-        return drift.step >= self.arm_after_step and all(condition.holds(drift) for condition in self.all)
+    def judge(self, drift: Drift) -> RuleFinding:
+        """Return whether the rule fires, armed at this step and every condition held, and what each condition found."""
+        findings = tuple(condition.judge(drift) for condition in self.all)
+        armed = drift.step >= self.arm_after_step
+        return RuleFinding(self.name, self.level, armed and all(finding.held for finding in findings), armed, findings)
+
+
+@dataclass(frozen=True)
+class RuleFinding:
+    """What a rule found: whether it fired, whether it was armed yet, and what its conditions found."""
+
+    rule: str
+    level: int
+    fired: bool
+    armed: bool
+    conditions: tuple[ConditionFinding, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        conditions = [finding.to_dict() for finding in self.conditions]
+        return {name: getattr(self, name) for name in ("rule", "level", "fired", "armed")} | {"conditions": conditions}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> RuleFinding:
+        """Read the JSON form."""
+        conditions = tuple(ConditionFinding.from_dict(finding) for finding in document["conditions"])
+        return cls(document["rule"], document["level"], document["fired"], document["armed"], conditions)
 
 
 # Healthy learning moves these numbers too, so every threshold is advisory. The first conjunction was the best alarm of
@@ -113,7 +185,9 @@ class Policy:
 
     ``raise_after`` and ``clear_after`` are the events in a row that raise or lower the level; ``cooldown_steps`` the
     least distance between two orders (a higher level than the one last answered never waits); ``expires_in`` the
-    seconds an order holds, None for ever: it is renewed by the first event after half that time.
+    seconds an order holds, None for ever: it is renewed by the first event after half that time. A series (checkpoints,
+    or the trainer's own profiles) whose newest step lies more than ``silent_after_steps`` behind the run's newest one
+    has fallen silent: its level does not count until it is heard again. None: it always counts.
     """
 
     rules: tuple[Rule, ...] = DEFAULT_RULES
@@ -121,11 +195,15 @@ class Policy:
     clear_after: int = 5
     cooldown_steps: int = 100
     expires_in: float | None = 86400.0
+    # Checkpoints are often 500-5000 steps apart: one series must not lose its word between two of its own events.
+    silent_after_steps: int | None = 5000
     ladder: Mapping[int, Levers] = field(default_factory=lambda: dict(DEFAULT_LADDER))
 
     def __post_init__(self) -> None:
-        for name, least in (("raise_after", 1), ("clear_after", 1), ("cooldown_steps", 0)):
+        for name, least in (("raise_after", 1), ("clear_after", 1), ("cooldown_steps", 0), ("silent_after_steps", 1)):
             value = getattr(self, name)
+            if name == "silent_after_steps" and value is None:
+                continue
             if not is_whole(value) or value < least:
                 raise ConfigError(f"policy.{name} must be at least {least}, got {value}; correct it")
         if self.expires_in is not None and not (is_number(self.expires_in) and 0 < self.expires_in <= FOR_EVER):
@@ -144,24 +222,101 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """One judged event; ``at`` is in seconds since the epoch, as the caller's clock says."""
+class Hold:
+    """A person's word: the policy gives no orders while it holds.
 
-    drift: Drift
-    at: float = 0.0
+    ``levers`` are what the trainer is told instead; None tells it nothing more, and what was ordered last runs out by
+    itself. ``until`` is in seconds since the epoch, None until it is released.
+    """
+
+    levers: Levers | None = None
+    until: float | None = None
+    by: str = ""
+    reason: str = ""
+
+    def holds(self, at: float) -> bool:
+        """Whether it holds at this time."""
+        return self.until is None or at < self.until
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        levers = None if self.levers is None else self.levers.to_dict()
+        return {"levers": levers, "until": self.until, "by": self.by, "reason": self.reason}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Hold:
+        """Read the JSON form.
+
+        Raises
+        ------
+        ControlError
+            When it is no hold, or a value is out of its range.
+        """
+        try:
+            levers, until = document["levers"], document["until"]
+            by, reason = document["by"], document["reason"]
+            if not (until is None or is_number(until)) or not isinstance(by, str) or not isinstance(reason, str):
+                raise ValueError("until must be a number or null, by and reason must be texts")
+            return cls(None if levers is None else Levers.from_dict(levers, 2), until, by, reason)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ControlError(f"the document is no hold ({error!r}); write one with `rksp control hold`") from error
 
 
 @dataclass(frozen=True)
-class PolicyState:
-    """What the policy remembers: the level, the newest step, the last proposals, and the order that holds."""
+class Evidence:
+    """One judged event; ``at`` is in seconds since the epoch, as the caller's clock says.
+
+    ``series`` is where it comes from ("checkpoint", or "profile" for the trainer's own); ``rewound`` says that the
+    trainer had gone back to before it (`rewind` was called first).
+    """
+
+    drift: Drift
+    at: float = 0.0
+    series: str = "checkpoint"
+    rewound: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {"drift": self.drift.to_dict(), "at": self.at, "series": self.series, "rewound": self.rewound}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Evidence:
+        """Read the JSON form."""
+        return cls(Drift.from_dict(document["drift"]), document["at"], document["series"], document["rewound"])
+
+
+@dataclass(frozen=True)
+class Series:
+    """What is remembered of one series: its level, its newest step, and its last proposals."""
 
     level: int = 0
     step: int | None = None
     proposals: tuple[int, ...] = ()
+
+
+# A ledger of before levels were kept by series holds one for all of them: the first that is heard goes on with it.
+_SHARED = ""
+
+
+@dataclass(frozen=True)
+class PolicyState:
+    """What the policy remembers: the level, that of each series, and the order that was given last.
+
+    ``held`` says that a hold was in force when the state was made.
+    """
+
+    level: int = 0
+    series: Mapping[str, Series] = field(default_factory=dict)
     ordered: Levers = field(default_factory=Levers)
     ordered_level: int = 0
     ordered_step: int | None = None
     ordered_at: float | None = None
+    held: bool = False
+
+    @property
+    def step(self) -> int | None:
+        """The newest step of any series."""
+        return max((each.step for each in self.series.values() if each.step is not None), default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -169,9 +324,15 @@ class PolicyState:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> PolicyState:
-        """Read the JSON form; one of a time when an order set the regularizer alone lacks the levers beside it."""
+        """Read the JSON form, also that of a time when all series shared one level or orders set fewer levers."""
         values = dict(document)
-        values["proposals"] = tuple(values["proposals"])
+        if "series" not in values:
+            shared = {name: values.pop(name) for name in ("step", "proposals")}
+            values["series"] = {_SHARED: {"level": values["level"], **shared}}
+        values["series"] = {
+            name: Series(each["level"], each["step"], tuple(each["proposals"]))
+            for name, each in values["series"].items()
+        }
         values["ordered"] = Levers(**values["ordered"])
         return cls(**values)
 
@@ -180,7 +341,8 @@ class PolicyState:
 class Decision:
     """The outcome of one event: the level that holds, the rules that fired, and the order that is due, if any.
 
-    ``late`` marks an event that came after a newer one: it decided nothing.
+    ``rules`` are all rules with the numbers that made them; ``hold`` the hold in force. ``late`` marks an event that
+    came after a newer one of its series: it decided nothing.
     """
 
     level: int
@@ -189,28 +351,132 @@ class Decision:
     order: Levers | None
     reason: Reason
     late: bool = False
+    rules: tuple[RuleFinding, ...] = ()
+    hold: Hold | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            "level": self.level,
+            "previous_level": self.previous_level,
+            "fired": list(self.fired),
+            "order": None if self.order is None else self.order.to_dict(),
+            "reason": dataclasses.asdict(self.reason),
+            "late": self.late,
+            "rules": [rule.to_dict() for rule in self.rules],
+            "hold": None if self.hold is None else self.hold.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Decision:
+        """Read the JSON form."""
+        order, hold = document["order"], document["hold"]
+        return cls(
+            document["level"],
+            document["previous_level"],
+            tuple(document["fired"]),
+            None if order is None else Levers.from_dict(order, 2),
+            Reason(**document["reason"]),
+            document["late"],
+            tuple(RuleFinding.from_dict(rule) for rule in document["rules"]),
+            None if hold is None else Hold.from_dict(hold),
+        )
 
 
-def decide(state: PolicyState, evidence: Evidence, policy: Policy) -> tuple[PolicyState, Decision]:
+def decide(
+    state: PolicyState, evidence: Evidence, policy: Policy, hold: Hold | None = None
+) -> tuple[PolicyState, Decision]:
     """Judge one event.
 
-    An event older than one already judged (of its own series or another) is no evidence about now: it changes nothing.
+    Its series goes on with it, unless it is older than the newest one there; the run's level is the highest of its
+    series, but for those that have fallen silent. While a hold is in force, levels move and the policy orders nothing.
     """
-    drift = evidence.drift
-    if drift.late or (state.step is not None and drift.step < state.step):
+    drift, at = evidence.drift, evidence.at
+    before = state.series.get(evidence.series, state.series.get(_SHARED, Series()))
+    if drift.late or (before.step is not None and drift.step <= before.step):
         return state, Decision(state.level, state.level, (), None, Reason(state.level, drift.step), late=True)
-    fired = [rule for rule in policy.rules if rule.fires(drift)]
+    findings = tuple(rule.judge(drift) for rule in policy.rules)
+    fired = [rule for rule, finding in zip(policy.rules, findings, strict=True) if finding.fired]
+    after = _with(state, evidence.series, _heard(before, drift.step, fired, policy), policy)
+    after, order = _order(after, policy, hold, at, drift.step)
+    names = tuple(rule.name for rule in fired)
+    reason = _reason(after.level, fired, drift)
+    return after, Decision(after.level, state.level, names, order, reason, rules=findings, hold=_in_force(hold, at))
+
+
+def decree(state: PolicyState, policy: Policy, hold: Hold | None, at: float) -> tuple[PolicyState, Decision | None]:
+    """Return what a hold that began, changed or ended asks for without an event; None when nothing is due.
+
+    The state may be another one all the same: it remembers that a hold is in force. What a hold orders is renewed here
+    too, before it expires: it stands on a person's word and waits for no event.
+    """
+    in_force = _in_force(hold, at)
+    if in_force is None and not state.held:
+        return state, None
+    after, order = _order(state, policy, hold, at, state.step or 0)
+    if order is None:
+        return after, None
+    return after, Decision(state.level, state.level, (), order, Reason(state.level, state.step), hold=in_force)
+
+
+def rewind(state: PolicyState, step: int, policy: Policy, kept: Iterable[Evidence] = ()) -> PolicyState:
+    """Return the state for a run that went back to before ``step``: what came after is undone, orders are not.
+
+    ``kept`` are the events before ``step`` in the order they were judged, without those of an earlier excursion that
+    was undone. A series that reached ``step`` has the level that they give, and starts anew where there are none.
+    """
+    undone = [name for name, each in state.series.items() if each.step is not None and each.step >= step]
+    series = {name: each for name, each in state.series.items() if name not in undone}
+    for evidence in kept:
+        drift, before = evidence.drift, series.get(evidence.series, Series())
+        if evidence.series not in undone or drift.late or drift.step >= step:
+            continue
+        fired = [rule for rule in policy.rules if rule.judge(drift).fired]
+        series[evidence.series] = _heard(before, drift.step, fired, policy)
+    ordered_step = None if state.ordered_step is None else min(state.ordered_step, step)
+    return dataclasses.replace(state, series=series, level=_highest(series, policy), ordered_step=ordered_step)
+
+
+def replay_decisions(evidences: Iterable[Evidence], policy: Policy) -> list[Decision]:
+    """Return what a policy decides about a history, in the order it was judged: all of it, what was undone too.
+
+    With the policy of the time these are the decisions that were made, but for the orders of a hold.
+    """
+    state = PolicyState()
+    kept: list[Evidence] = []
+    decisions: list[Decision] = []
+    for evidence in evidences:
+        if evidence.rewound:
+            kept = [each for each in kept if each.drift.step < evidence.drift.step]
+            state = rewind(state, evidence.drift.step, policy, kept)
+        state, decision = decide(state, evidence, policy)
+        kept.append(evidence)
+        decisions.append(decision)
+    return decisions
+
+
+def _heard(series: Series, step: int, fired: Sequence[Rule], policy: Policy) -> Series:
     keep = max(policy.raise_after, policy.clear_after)
-    proposals = (*state.proposals, max((rule.level for rule in fired), default=0))[-keep:]
-    level = _level(state.level, proposals, policy)
-    reason = _reason(level, fired, drift)
-    order = policy.levers(level) if _order_is_due(state, level, evidence, policy) else None
-    after = dataclasses.replace(state, level=level, step=drift.step, proposals=proposals)
-    if order is not None:
-        after = dataclasses.replace(
-            after, ordered=order, ordered_level=level, ordered_step=drift.step, ordered_at=evidence.at
-        )
-    return after, Decision(level, state.level, tuple(rule.name for rule in fired), order, reason)
+    proposals = (*series.proposals, max((rule.level for rule in fired), default=0))[-keep:]
+    return Series(_level(series.level, proposals, policy), step, proposals)
+
+
+def _with(state: PolicyState, name: str, heard: Series, policy: Policy) -> PolicyState:
+    series = {other: each for other, each in state.series.items() if other != _SHARED} | {name: heard}
+    return dataclasses.replace(state, series=series, level=_highest(series, policy))
+
+
+def _highest(series: Mapping[str, Series], policy: Policy) -> int:
+    """Return the highest level of the series that are still heard."""
+    newest = max((each.step for each in series.values() if each.step is not None), default=0)
+    return max(
+        (
+            each.level
+            for each in series.values()
+            if policy.silent_after_steps is None or each.step is None or newest - each.step <= policy.silent_after_steps
+        ),
+        default=0,
+    )
 
 
 def _level(level: int, proposals: tuple[int, ...], policy: Policy) -> int:
@@ -223,31 +489,49 @@ def _level(level: int, proposals: tuple[int, ...], policy: Policy) -> int:
     return level
 
 
-def _order_is_due(state: PolicyState, level: int, evidence: Evidence, policy: Policy) -> bool:
-    wanted = policy.levers(level)
+def _in_force(hold: Hold | None, at: float) -> Hold | None:
+    return hold if hold is not None and hold.holds(at) else None
+
+
+def _order(
+    state: PolicyState, policy: Policy, hold: Hold | None, at: float, step: int
+) -> tuple[PolicyState, Levers | None]:
+    """Return the order that is due, and the state that remembers it and the hold."""
+    in_force = _in_force(hold, at)
+    after = dataclasses.replace(state, held=in_force is not None)
+    wanted = policy.levers(state.level) if in_force is None else in_force.levers
+    if wanted is None or not _is_due(state, wanted, policy, in_force is not None, at, step):
+        return after, None
+    after = dataclasses.replace(after, ordered=wanted, ordered_level=state.level, ordered_step=step, ordered_at=at)
+    return after, wanted
+
+
+def _is_due(state: PolicyState, wanted: Levers, policy: Policy, held: bool, at: float, step: int) -> bool:
     renew = (
         not wanted.idle
         and policy.expires_in is not None
         and state.ordered_at is not None
-        and evidence.at - state.ordered_at > policy.expires_in / 2
+        and at - state.ordered_at > policy.expires_in / 2
     )
     if wanted == state.ordered and not renew:
         return False
-    if state.ordered_step is None or level > state.ordered_level or renew:
+    # A person's word waits for no cool-down, nor does the end of it.
+    if held or state.held or state.ordered_step is None or state.level > state.ordered_level or renew:
         return True
-    return evidence.drift.step - state.ordered_step >= policy.cooldown_steps
+    return max(step, state.step or 0) - state.ordered_step >= policy.cooldown_steps
 
 
-def _reason(level: int, fired: list[Rule], drift: Drift) -> Reason:
+def _reason(level: int, fired: Sequence[Rule], drift: Drift) -> Reason:
     """Quote the first condition of the strongest rule that fired."""
     if not fired:
         return Reason(level, drift.step)
     condition = max(fired, key=lambda rule: rule.level).all[0]
+    finding = condition.judge(drift)
     return Reason(
         risk_level=level,
         checkpoint_step=drift.step,
         metric=condition.metric,
-        value=drift.values.get(condition.metric),
-        baseline=None if condition.against == "absolute" else condition.reference(drift),
-        threshold=condition.by,
+        value=finding.value,
+        baseline=finding.reference,
+        threshold=condition.by if condition.by is not None else condition.sigmas,
     )

@@ -22,6 +22,7 @@ import numpy as np
 
 from rksp_core.atomic import write_atomic
 from rksp_core.errors import ProfileError
+from rksp_core.wasserstein import QUANTILES
 
 SCHEMA = "rksp.profile/1"
 
@@ -56,7 +57,8 @@ class LayerProfile:
     ``layer`` is the module's name, ``width`` d, ``rank`` the kept dimension m, ``samples`` N. The masses are
     unfiltered shares of m (Eq. 11-13). ``henrici_departure`` lies in [0, 1], ``nonlinearity_ratio`` (Eq. 5) in
     [0, 1] or None below the update floor, ``kreiss_constant`` is K_theta at ``kreiss_theta``, at least 1,
-    None above 1e75; ``kreiss_classical`` is None when infinite. ``status`` lists one or more of `STATUSES`.
+    None above 1e75; ``kreiss_classical`` is None when infinite. ``modulus_quantiles`` are 32 quantiles of the
+    eigenvalues' moduli (`rksp_core.wasserstein`). ``status`` lists one or more of `STATUSES`.
     """
 
     layer: str
@@ -80,6 +82,7 @@ class LayerProfile:
     growth_horizon: int | None = None
     nonlinearity_ratio: float | None = None
     update_ratio: float | None = None
+    modulus_quantiles: tuple[float, ...] | None = field(default=None, repr=False)
     status: tuple[str, ...] = ("ok",)
     remedy: str = ""
     eigenvalues: tuple[complex, ...] | None = field(default=None, repr=False)
@@ -88,6 +91,8 @@ class LayerProfile:
         """Return the JSON form; eigenvalues as [re, im] pairs, left out when unknown or not wanted."""
         document = dataclasses.asdict(self)
         document["status"] = list(self.status)
+        if self.modulus_quantiles is not None:
+            document["modulus_quantiles"] = list(self.modulus_quantiles)
         del document["eigenvalues"]
         if eigenvalues and self.eigenvalues is not None:
             document["eigenvalues"] = [[value.real, value.imag] for value in self.eigenvalues]
@@ -102,6 +107,8 @@ class LayerProfile:
         for name in (*_COUNTS, *_NUMBERS):
             values[name] = _number(values, name, optional=name not in _COUNTS)
         values["reliable"] = ReliableMasses(**values["reliable"])
+        quantiles = values.get("modulus_quantiles")
+        values["modulus_quantiles"] = None if quantiles is None else tuple(_quantiles(quantiles))
         pairs = values.get("eigenvalues")
         values["eigenvalues"] = None if pairs is None else tuple(complex(re, im) for re, im in pairs)
         return cls(**values)
@@ -134,7 +141,8 @@ class ModelProfile:
 
     Two profiles can be compared only when ``settings`` and ``probe["sha256"]`` agree.
     ``step``, ``loss`` and ``gradient_norm`` are filled by a trainer that writes its own profiles; ``not_finite`` names
-    those of its figures that were NaN or infinite, which is another thing than not known.
+    those of its figures that were NaN or infinite, which is another thing than not known. ``noise`` is the standard
+    error of the features by name (`rksp_core.noise`), where it was measured.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -144,6 +152,7 @@ class ModelProfile:
     loss: float | None = None
     gradient_norm: float | None = None
     not_finite: tuple[str, ...] = ()
+    noise: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def summary(self) -> dict[str, dict[str, float | None]]:
@@ -168,6 +177,8 @@ class ModelProfile:
         if self.step is not None:
             document |= {"step": self.step, "loss": self.loss, "gradient_norm": self.gradient_norm}
             document["not_finite"] = list(self.not_finite)
+        if self.noise:
+            document["noise"] = dict(self.noise)
         return document
 
     @classmethod
@@ -186,6 +197,7 @@ class ModelProfile:
         try:
             if not document["layers"]:
                 raise ValueError("it holds no layers")
+            noise = document.get("noise", {})
             return cls(
                 layers=tuple(LayerProfile.from_dict(layer) for layer in document["layers"]),
                 settings=dict(document.get("settings", {})),
@@ -194,6 +206,7 @@ class ModelProfile:
                 loss=_number(document, "loss"),
                 gradient_norm=_number(document, "gradient_norm"),
                 not_finite=tuple(document.get("not_finite", ())),
+                noise={name: _number(noise, name, optional=False) for name in noise},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProfileError(f"the profile document is damaged ({error!r}); write it again") from error
@@ -266,6 +279,14 @@ def _number(document: Mapping[str, Any], name: str, *, optional: bool = True) ->
     if (value is None and optional) or (isinstance(value, int | float) and not isinstance(value, bool)):
         return value
     raise ValueError(f"{name} must be a number{' or null' if optional else ''}, got {value!r}")
+
+
+def _quantiles(values: Any) -> Iterable[float]:
+    """Yield the quantiles; as many as every profile has, or distances could not be taken."""
+    if not isinstance(values, list | tuple) or len(values) != QUANTILES:
+        raise ValueError(f"modulus_quantiles must be {QUANTILES} numbers or null, got {values!r:.60}")
+    for value in values:
+        yield _number({"modulus_quantiles": value}, "modulus_quantiles", optional=False)
 
 
 def _aggregate(values: Iterable[float | None]) -> dict[str, float | None]:

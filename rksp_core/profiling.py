@@ -16,6 +16,7 @@ from rksp_core.kreiss import kreiss_constant, transient_growth
 from rksp_core.moments import Moments
 from rksp_core.profile import LayerProfile, ModelProfile, finite_or_none
 from rksp_core.spectrum import CONTRACTIVE, LOWER, RESIDUAL_TOLERANCE, UPPER, spectrum
+from rksp_core.wasserstein import modulus_quantiles
 
 REMEDIES = {
     "rank_deficient": "the stream spans fewer directions than its width: use more varied tokens, or read m beside d",
@@ -155,6 +156,7 @@ def profile_layer(
         transient_growth=finite_or_none(transient_growth(operator.matrix, depth, kreiss.theta, eigensystem=system)),
         nonlinearity_ratio=operator.nonlinearity_ratio,
         update_ratio=operator.update_ratio,
+        modulus_quantiles=modulus_quantiles(figures.eigenvalues.tolist()),
         status=operator.status or ("ok",),
         remedy=remedy,
         eigenvalues=tuple(figures.eigenvalues.tolist()),

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from rksp_core.drift import features
+from rksp_core.features import features
 from rksp_core.policy import LEVELS
 from rksp_core.profile import ModelProfile
 from rksp_monitor.demo.arm import Arm

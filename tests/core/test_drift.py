@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rksp_core.drift import FEATURES, DriftState, features, identity, measure, rewind
+from rksp_core.drift import DriftState, measure, rewind
 from rksp_core.errors import ProfileError
+from rksp_core.features import FEATURES, features, identity
 from rksp_core.profile import ModelProfile
 from tests.core.profiles import layer, profile
 
@@ -76,11 +77,11 @@ def test_the_trailing_average_of_a_jump_forgets_a_tenth_in_ten_steps(interval: i
 def test_sigmas_are_deviations_over_the_trailing_deviation():
     wobble = {10 * n: profile(near_unit_mass=0.5 + 0.01 * (-1) ** n) for n in range(1, 200)}
     state, drifts = follow(wobble)
-    assert "near_unit_mass_min" not in drifts[1].sigmas  # nothing has deviated yet
+    assert "near_unit_mass_min" not in drifts[1].sigmas_from_trailing  # nothing has deviated yet
     assert state is not None
     _, drift = measure(state, profile(near_unit_mass=0.4), 2000)
     # A fast alternation of +-0.01 leaves the average near 0.5 and a deviation near 0.01.
-    assert drift.sigmas["near_unit_mass_min"] == pytest.approx(-10.0, rel=0.15)
+    assert drift.sigmas_from_trailing["near_unit_mass_min"] == pytest.approx(-10.0, rel=0.15)
 
 
 def test_an_event_that_comes_late_moves_no_average():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rksp_core.drift import Drift, measure
 from rksp_core.errors import ConfigError
 from rksp_core.orders import Levers
-from rksp_core.policy import Condition, Decision, Evidence, Policy, PolicyState, Rule, decide
+from rksp_core.policy import Condition, Decision, Evidence, Policy, PolicyState, Rule, Series, decide
 from tests.core.profiles import profile
 
 ON, STRONG = Levers(alpha=0.1), Levers(alpha=0.2)
@@ -91,7 +91,7 @@ def test_a_level_that_is_not_listed_takes_the_next_lower_one():
 
 
 def test_a_late_event_changes_nothing():
-    state = PolicyState(level=1, proposals=(1, 1))
+    state = PolicyState(level=1, series={"checkpoint": Series(1, 5, (1, 1))})
     after, decision = decide(state, Evidence(Drift(5, {"loss": 3.0}, late=True)), PLAIN)
     assert after is state
     assert decision.level == 1
@@ -99,22 +99,31 @@ def test_a_late_event_changes_nothing():
     assert decision.late
 
 
-def test_an_event_older_than_the_newest_one_of_another_series_changes_nothing():
-    state, _ = decide(PolicyState(), Evidence(Drift(100, {"loss": 3.0})), PLAIN)
-    after, decision = decide(state, Evidence(Drift(90, {"loss": 0.0})), PLAIN)
+def test_each_series_has_its_own_order_and_the_run_the_highest_level():
+    plain = dataclasses.replace(PLAIN, raise_after=1, clear_after=1)
+
+    def judge(state: PolicyState, step: int, level: int, series: str) -> tuple[PolicyState, Decision]:
+        return decide(state, Evidence(Drift(step, {"loss": float(level)}), series=series), plain)
+
+    state, _ = judge(PolicyState(), 100, 1, "profile")
+    state, decision = judge(state, 90, 3, "checkpoint")
+    assert (decision.late, decision.level) == (False, 3), "its replay took long; the newest checkpoint counts"
+    state, decision = judge(state, 110, 0, "profile")
+    assert decision.level == 3
+    after, decision = judge(state, 90, 0, "checkpoint")
     assert after is state
     assert decision.late
-    after, decision = decide(state, Evidence(Drift(100, {"loss": 3.0})), PLAIN)
-    assert decision.level == 3
+    state, decision = judge(state, 95, 0, "checkpoint")
+    assert decision.level == 0
 
 
 def test_conditions_compare_with_what_they_say():
     drift = Drift(1, {"loss": 2.0}, baseline={"loss": 5.0}, trailing={"loss": 1.0})
-    assert Condition("loss", 0.9, "trailing", "rises").holds(drift)
-    assert not Condition("loss", 1.0, "trailing", "rises").holds(drift)
-    assert Condition("loss", 2.9, "baseline", "falls").holds(drift)
-    assert Condition("loss", 2.1, "absolute", "falls").holds(drift)
-    assert not Condition("gradient_norm", 0.0, "absolute").holds(drift)
+    assert Condition("loss", 0.9, "trailing", "rises").judge(drift).held
+    assert not Condition("loss", 1.0, "trailing", "rises").judge(drift).held
+    assert Condition("loss", 2.9, "baseline", "falls").judge(drift).held
+    assert Condition("loss", 2.1, "absolute", "falls").judge(drift).held
+    assert not Condition("gradient_norm", 0.0, "absolute").judge(drift).held
 
 
 def test_the_shipped_conjunction_needs_both_and_waits_until_it_is_armed():
@@ -155,14 +164,37 @@ def test_a_level_may_order_the_learning_rate_alone_and_it_is_renewed_and_cleared
 
 @pytest.mark.parametrize("ordered", [STRONG, Levers(0.2, variant="hinge", clip=0.5, learning_rate_scale=0.1)])
 def test_the_state_survives_json(ordered: Levers):
-    state = PolicyState(2, 40, (0, 2, 2), ordered, 2, 40, 17.5)
+    series = {"checkpoint": Series(2, 40, (0, 2, 2)), "profile": Series(0, None, ())}
+    state = PolicyState(2, series, ordered, 2, 40, 17.5, held=True)
     assert PolicyState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
 
 
-def test_the_state_of_an_older_ledger_is_read():
-    ordered = {"alpha": 0.2, "interval": 10, "layer_fraction": 0.5, "gamma": 0.4}
-    document = PolicyState(2, 40, (0, 2, 2), STRONG, 2, 40, 17.5).to_dict() | {"ordered": ordered}
-    assert PolicyState.from_dict(document) == PolicyState(2, 40, (0, 2, 2), STRONG, 2, 40, 17.5)
+# As the releases wrote it that kept one level for all series: before and after an order set more than the regularizer.
+OLD = {
+    "level": 2,
+    "step": 40,
+    "proposals": [0, 2, 2],
+    "ordered": {"alpha": 0.2, "interval": 10, "layer_fraction": 0.5, "gamma": 0.4},
+    "ordered_level": 2,
+    "ordered_step": 40,
+    "ordered_at": 17.5,
+}
+LESS_OLD = OLD | {"ordered": OLD["ordered"] | {"variant": None, "clip": None, "learning_rate_scale": None}}
+
+
+@pytest.mark.parametrize("document", [OLD, LESS_OLD])
+def test_a_ledger_of_before_goes_on(document: dict[str, object]):
+    state = PolicyState.from_dict(document)
+    assert (state.level, state.step, state.ordered, state.ordered_at) == (2, 40, STRONG, 17.5)
+    late, _ = decide(state, Evidence(Drift(40, {"loss": 0.0}), series="profile"), PLAIN)
+    assert late is state
+    # The first series that is heard goes on with the level and the last proposals, and clears after one more quiet one.
+    for step, level in ((50, 2), (60, 2), (70, 0)):
+        state, decision = decide(state, Evidence(Drift(step, {"loss": 0.0}), 18.0, "profile"), PLAIN)
+        assert decision.level == level
+    assert decision.order == Levers()
+    assert list(state.series) == ["profile"]
+    assert PolicyState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
 
 
 @pytest.mark.parametrize(
