@@ -122,6 +122,7 @@ def _register() -> None:
     from rksp_monitor.commands.config import config
     from rksp_monitor.commands.demo import demo
     from rksp_monitor.commands.doctor import doctor
+    from rksp_monitor.commands.history import history
     from rksp_monitor.commands.preflight import preflight
     from rksp_monitor.commands.probe import probe
     from rksp_monitor.commands.profile import compare, profile
@@ -131,6 +132,7 @@ def _register() -> None:
     app.command()(watch)
     app.command()(profile)
     app.command()(compare)
+    app.command()(history)
     app.command()(doctor)
     app.command()(demo)
     app.add_typer(probe, name="probe")

@@ -9,6 +9,7 @@ Reading never disturbs a watcher, needs no watcher to be there, and holds one ro
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
@@ -214,6 +215,8 @@ def _others(path: Path) -> str:
     return "; watch the run first, or say where its watcher keeps it with --state-dir"
 
 
+_COLUMNS = tuple(f.name for f in dataclasses.fields(Row))
+
 # Columns that a ledger of the first version has not.
 _LATER = {"judged": "NULL", "evidence": "NULL", "decision": "NULL", "set_aside": "0"}
 
@@ -225,23 +228,24 @@ def _ledger_rows(path: Path, run: str, selection: Selection) -> Iterator[Row]:
         later = {name: name if name in has else absent for name, absent in _LATER.items()}
         # Judged before that column was there: nothing changed the row since.
         judged = f"coalesce({later['judged']}, CASE WHEN status = 'done' THEN updated END)"
-        light = f"kind, step, status, attempts, error, path, first_seen, {judged}, {later['set_aside']}"
         found = database.execute(
             f"SELECT id, kind, step, status, {later['set_aside']} FROM events WHERE run = ? "  # noqa: S608
             f"ORDER BY coalesce({judged}, updated), id",
             (run,),
         )
         wanted = [row[0] for row in found if selection.admits(Row(row[1], row[2], row[3], set_aside=bool(row[4])))]
-        heavy = f"SELECT {light}, profile, {later['evidence']}, {later['decision']} FROM events WHERE id = ?"  # noqa: S608
+        sources = {"seen": "first_seen", **later, "judged": judged}
+        columns = ", ".join(sources.get(name, name) for name in _COLUMNS)
         for number in wanted:
-            values = database.execute(heavy, (number,)).fetchone()
+            values = database.execute(f"SELECT {columns} FROM events WHERE id = ?", (number,)).fetchone()  # noqa: S608
             if values is not None:  # else it was written anew since, and has another row
                 yield _row(*values)
 
 
 def _row(*values: Any) -> Row:
-    *plain, set_aside = values[:9]
-    return Row(*plain, bool(set_aside), *(None if text is None else json.loads(text) for text in values[9:]))
+    named = dict(zip(_COLUMNS, values, strict=True))
+    documents = {name: None if named[name] is None else json.loads(named[name]) for name in _COLUMNS[9:]}
+    return Row(**named | {"set_aside": bool(named["set_aside"])} | documents)
 
 
 def read_states(ledger: Path, run: str) -> dict[str, dict[str, Any]]:

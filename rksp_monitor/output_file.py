@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from rksp_core.atomic import write_atomic
 from rksp_core.errors import ConfigError
@@ -46,6 +49,38 @@ def write_output(path: Path, content: str | bytes) -> None:
             path.write_bytes(content.encode() if isinstance(content, str) else content)
         else:
             write_atomic(path.resolve(), content)
+    except OSError as error:
+        raise ConfigError(f"the output file {path} cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def output_stream(path: Path) -> Iterator[BinaryIO]:
+    """Give a stream whose content replaces the file in one step at the end; a device or a pipe is written to.
+
+    When anything fails, what was there stays.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be written.
+    """
+    try:
+        if _is_device(path):
+            with path.open("wb") as stream:
+                yield stream
+            return
+        target = path.resolve()
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                os.fchmod(stream.fileno(), 0o644)
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(temporary).replace(target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise ConfigError(f"the output file {path} cannot be written: {error.strerror}") from error
 

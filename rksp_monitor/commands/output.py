@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rksp_core.errors import ConfigError
-from rksp_monitor.output_file import write_output
+from rksp_monitor.output_file import output_stream
 
 
-def emit(text: str, output_file: Path | None, note: str) -> None:
-    """Write a report to the file and say so on stderr, or to stdout.
+def emit(text: str | Iterable[str], output_file: Path | None, note: str) -> None:
+    """Write a report, or its parts as they come, to the file and say so on stderr, or to stdout.
 
     Raises
     ------
@@ -22,16 +23,18 @@ def emit(text: str, output_file: Path | None, note: str) -> None:
     BrokenPipeError
         When the reader of stdout went away.
     """
+    parts = [text] if isinstance(text, str) else text
     if output_file is None:
         try:
-            sys.stdout.write(text)
+            sys.stdout.writelines(parts)
             sys.stdout.flush()
         except BrokenPipeError:
             raise
         except OSError as error:
             raise ConfigError(f"the report cannot be written to stdout: {error.strerror}") from error
         return
-    write_output(output_file, text)
+    with output_stream(output_file) as stream:
+        stream.writelines(part.encode(errors="replace") for part in parts)
     print(f"rksp: {note} {output_file}", file=sys.stderr)
 
 

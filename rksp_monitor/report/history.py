@@ -1,0 +1,242 @@
+"""A history as a table for a terminal, as CSV, JSON or Parquet; all but the table are written row by row."""
+
+# ruff: noqa: RUF001 - the Greek letters are the paper's symbols
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from typing import BinaryIO, Literal
+
+from rich.text import Text
+
+from rksp_core.drift import Against
+from rksp_core.errors import ConfigError
+from rksp_core.features import DISTANCES, FEATURES
+from rksp_core.orders import Levers, timestamp
+from rksp_core.policy import LEVELS, Decision, Evidence
+from rksp_monitor.history import BESIDE, FIGURES, SCHEMA, History, Row, Selection
+from rksp_monitor.report.columns import MISSING, number, share
+from rksp_monitor.report.drawing import draw, table
+
+Format = Literal["table", "csv", "json", "parquet"]
+Kind = Literal["text", "whole", "number", "truth", "time"]
+Cell = str | int | float | bool | None
+
+_ORDER: dict[str, Kind] = {f.name: "text" if f.name == "variant" else "number" for f in dataclasses.fields(Levers)}
+_AGAINST: tuple[Against, ...] = ("baseline", "trailing", "reference")
+
+# What a row of CSV or Parquet holds.
+COLUMNS: dict[str, Kind] = {
+    "kind": "text",
+    "step": "whole",
+    "status": "text",
+    "attempts": "whole",
+    "error": "text",
+    "path": "text",
+    "seen": "time",
+    "judged": "time",
+    "set_aside": "truth",
+    "late": "truth",
+    "level": "whole",
+    "previous_level": "whole",
+    "fired": "text",
+    **{f"order_{name}": kind for name, kind in _ORDER.items()},
+    **dict.fromkeys((*FIGURES, *BESIDE), "number"),
+    **{
+        f"{feature}_{what}_{against}": "number"
+        for feature in (*FEATURES, *DISTANCES)
+        for against in _AGAINST
+        for what in ("from", "sigmas_from")
+    },
+}
+
+DOCUMENTS = ("profile", "evidence", "decision")
+BATCH = 1000  # rows of a Parquet row group
+
+
+def flat(row: Row) -> dict[str, Cell]:
+    """Return a row as `COLUMNS`: one value or None each; times in seconds since the epoch."""
+    cells: dict[str, Cell] = dict.fromkeys(COLUMNS)
+    cells |= {name: getattr(row, name) for name in list(COLUMNS)[:9]}
+    cells |= row.figures
+    if row.decision is not None:
+        decision = Decision.from_dict(row.decision)
+        cells |= {name: getattr(decision, name) for name in ("late", "level", "previous_level")}
+        cells["fired"] = " ".join(decision.fired)
+        if decision.order is not None:
+            cells |= {f"order_{name}": getattr(decision.order, name) for name in _ORDER}
+    if row.evidence is not None:
+        drift = Evidence.from_dict(row.evidence).drift
+        for feature in (*FEATURES, *DISTANCES):
+            for against in _AGAINST:
+                cells[f"{feature}_from_{against}"] = drift.moved(feature, against)
+                cells[f"{feature}_sigmas_from_{against}"] = drift.sigmas(feature, against)
+    return cells
+
+
+def to_csv(history: History, selection: Selection) -> Iterator[str]:
+    """Yield the lines of a CSV with a heading; times as ISO 8601, an unknown value as an empty field."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in history.rows(selection):
+        cells = flat(row)
+        times = {name: cells[name] for name, kind in COLUMNS.items() if kind == "time"}
+        writer.writerow(
+            cells | {name: timestamp(value) for name, value in times.items() if isinstance(value, int | float)}
+        )
+        yield buffer.getvalue()
+        buffer.seek(0)
+        buffer.truncate()
+    yield buffer.getvalue()
+
+
+def to_json(history: History, selection: Selection) -> Iterator[str]:
+    """Yield the parts of one document, as ``schemas/history.json`` describes it, a row a line."""
+    complete = history.complete and selection == Selection(set_aside=True)
+    head = {"schema": SCHEMA, "run": history.run, "complete": complete}
+    yield json.dumps(head)[:-1] + ', "rows": ['
+    separator = "\n"
+    for row in history.rows(selection):
+        yield separator + json.dumps(row.to_dict(), allow_nan=False)
+        separator = ",\n"
+    yield "\n]}\n"
+
+
+def write_parquet(history: History, selection: Selection, stream: BinaryIO) -> None:
+    """Write a Parquet file: `COLUMNS`, times in UTC, and `DOCUMENTS` as JSON texts.
+
+    Raises
+    ------
+    ConfigError
+        When PyArrow is not installed.
+    """
+    try:
+        import pyarrow as pa  # type: ignore[import-untyped]
+        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ConfigError("Parquet needs PyArrow, which is not installed: pip install 'rksp[parquet]'") from error
+    types = {
+        "text": pa.string(),
+        "whole": pa.int64(),
+        "number": pa.float64(),
+        "truth": pa.bool_(),
+        "time": pa.timestamp("ms", tz="UTC"),
+    }
+    fields = [(name, types[kind]) for name, kind in COLUMNS.items()]
+    schema = pa.schema([*fields, *((name, pa.string()) for name in DOCUMENTS)])
+    with pq.ParquetWriter(stream, schema, compression="zstd") as writer:
+        for rows in _batches(history.rows(selection)):
+            writer.write_table(pa.Table.from_pylist([_typed(row) for row in rows], schema))
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while batch := list(itertools.islice(rows, BATCH)):
+        yield batch
+
+
+def _typed(row: Row) -> dict[str, Cell | datetime]:
+    cells: dict[str, Cell | datetime] = {**flat(row)}
+    for name, kind in COLUMNS.items():
+        value = cells[name]
+        if kind == "time" and isinstance(value, int | float):
+            cells[name] = datetime.fromtimestamp(value, UTC)
+        elif kind == "number" and isinstance(value, int):
+            cells[name] = float(value)
+    documents = {name: getattr(row, name) for name in DOCUMENTS}
+    return cells | {name: None if value is None else json.dumps(value) for name, value in documents.items()}
+
+
+# -- the table
+
+Show = Callable[[dict[str, Cell]], str]
+
+
+def _of(name: str, form: Callable[[float | None], str]) -> Show:
+    def show(cells: dict[str, Cell]) -> str:
+        value = cells[name]
+        return form(value if isinstance(value, int | float) else None)
+
+    return show
+
+
+def _change(name: str) -> Show:
+    def show(cells: dict[str, Cell]) -> str:
+        value, sigmas = cells[f"{name}_from_trailing"], cells[f"{name}_sigmas_from_trailing"]
+        if not isinstance(value, int | float):
+            return MISSING
+        noise = f" ({sigmas:+.1f})" if isinstance(sigmas, int | float) else ""
+        return f"{value:+.2f}{noise}"
+
+    return show
+
+
+def _judged(cells: dict[str, Cell]) -> str:
+    judged = cells["judged"]
+    return (
+        datetime.fromtimestamp(judged, UTC).strftime("%m-%d %H:%M:%S") if isinstance(judged, int | float) else MISSING
+    )
+
+
+def _level(cells: dict[str, Cell]) -> str:
+    level = cells["level"]
+    if not isinstance(level, int):
+        return MISSING
+    return LEVELS[level] + ("*" if level != cells["previous_level"] else "")
+
+
+def _order(cells: dict[str, Cell]) -> str:
+    """Return what is ordered, in short: alpha, then the levers beside it."""
+    short = {"alpha": "", "clip": "clip ", "learning_rate_scale": "lr x"}
+    asked = [f"{text}{value:g}" for name, text in short.items() if (value := cells[f"order_{name}"]) is not None]
+    return ", ".join(asked) or MISSING
+
+
+def _note(cells: dict[str, Cell]) -> str:
+    marks = [name.replace("_", " ") for name in ("set_aside", "late") if cells[name]]
+    status = [] if cells["status"] == "done" else [str(cells["status"])]
+    text = ", ".join([*status, *marks, *(str(cells[name]) for name in ("error", "fired") if cells[name])])
+    return text if len(text) <= NOTE else text[: NOTE - 1] + "…"
+
+
+NOTE = 60  # letters of the last column; CSV and JSON have the whole text
+
+# Heading, whether it stands to the right, and how it reads.
+SHOWN: tuple[tuple[str, bool, Show], ...] = (
+    ("step", True, lambda cells: str(cells["step"])),
+    ("kind", False, lambda cells: str(cells["kind"])),
+    ("judged, UTC", False, _judged),
+    ("near", True, _of("near_unit_mass_mean", share)),
+    ("min", True, _of("near_unit_mass_min", share)),
+    ("moved (σ)", True, _change("near_unit_mass_min")),
+    ("K", True, _of("kreiss_constant_mean", number)),
+    ("moved, log (σ)", True, _change("log_kreiss_mean")),
+    ("σmax", True, _of("sigma_max", number)),
+    ("Henr", True, _of("henrici_departure_max", share)),
+    ("expan", True, _of("expansive_mass_mean", share)),
+    ("ρ", True, _of("spectral_radius_max", number)),
+    ("level", False, _level),
+    ("order", False, _order),
+    ("note", False, _note),
+)
+_LEGEND = (
+    "near, min: near-unit mass, mean and least over layers, and its move from the trailing average (in σ of the noise); "
+    "K: mean Kreiss constant; * the level changed"
+)
+
+
+def to_table(history: History, rows: Iterable[Row], *, width: int = 120, colour: bool = False) -> str:
+    """Return the rows in plain or coloured text, and in a last line how many there are."""
+    shown, count = table([(heading, right) for heading, right, _ in SHOWN]), 0
+    for row in rows:
+        cells = flat(row)
+        shown.add_row(*(Text(show(cells)) for _, _, show in SHOWN), style="dim" if row.set_aside else None)
+        count += 1
+    legend = Text(f"run {history.run}: {count} events; {_LEGEND}", style="dim")
+    return draw([shown, legend], shown, width, colour)
