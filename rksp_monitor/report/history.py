@@ -226,7 +226,7 @@ SHOWN: tuple[tuple[str, bool, Show], ...] = (
     ("note", False, _note),
 )
 _LEGEND = (
-    "near, min: near-unit mass, mean and least over layers, and its move from the trailing average (in σ of the noise); "
+    "near, min: near-unit mass, mean and least over layers, and its move from the trailing average (σ: in its noise); "
     "K: mean Kreiss constant; * the level changed"
 )
 
