@@ -1,4 +1,4 @@
-"""Whom the watcher tells what happened: the settings ``webhooks`` and ``hooks``. Plain data; nothing heavy is imported."""
+"""Whom the watcher tells what happened: the settings ``webhooks`` and ``hooks``."""
 
 from __future__ import annotations
 
