@@ -25,6 +25,10 @@ Variant = Literal["paper", "hinge"]
 VARIANTS: tuple[Variant, ...] = ("paper", "hinge")
 
 
+class LeverError(ControlError, ValueError):
+    """A lever is out of its range; as a ValueError, so that a reader of settings can say where it stands."""
+
+
 @dataclass(frozen=True)
 class KSSSettings:
     """Settings of the regularizer that an order carries.
@@ -53,7 +57,7 @@ class KSSSettings:
             ("variant", f"one of {', '.join(VARIANTS)}", self.variant is None or self.variant in VARIANTS),
         ):
             if not good:
-                raise ControlError(f"kss.{name} must be {wanted}, got {getattr(self, name)!r}; correct the order")
+                raise LeverError(f"kss.{name} must be {wanted}, got {getattr(self, name)!r}; correct it")
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Levers(KSSSettings):
         for name in ("clip", "learning_rate_scale"):
             value = getattr(self, name)
             if value is not None and not (is_number(value) and value > 0):
-                raise ControlError(f"{name} must be a number above 0 or left out, got {value!r}; correct the order")
+                raise LeverError(f"{name} must be a number above 0 or left out, got {value!r}; correct it")
 
     @classmethod
     def of(cls, kss: KSSSettings, clip: float | None, learning_rate_scale: float | None) -> Levers:
@@ -216,6 +220,8 @@ class Desired:
                 clip=levers.clip,
                 learning_rate_scale=levers.learning_rate_scale,
             )
+        except ControlError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ControlError(f"the order cannot be read ({error!r}); let the monitor write it again") from error
 

@@ -26,7 +26,7 @@ FOR_EVER = 1e9  # seconds, 31 years: a longer time ends where no calendar goes
 
 
 class PolicyError(ConfigError, ValueError):
-    """A rule says something impossible; as a ValueError, so that a reader of settings can say where it stands."""
+    """A policy says something impossible; as a ValueError, so that a reader of settings can say where it stands."""
 
 
 @dataclass(frozen=True)
@@ -202,18 +202,16 @@ class Policy:
     def __post_init__(self) -> None:
         for name, least in (("raise_after", 1), ("clear_after", 1), ("cooldown_steps", 0), ("silent_after_steps", 1)):
             value = getattr(self, name)
-            if name == "silent_after_steps" and value is None:
-                continue
-            if not is_whole(value) or value < least:
-                raise ConfigError(f"policy.{name} must be at least {least}, got {value}; correct it")
+            endless = name == "silent_after_steps" and value is None
+            if not endless and (not is_whole(value) or value < least):
+                raise PolicyError(f"{name} must be at least {least}, got {value}; correct it")
         if self.expires_in is not None and not (is_number(self.expires_in) and 0 < self.expires_in <= FOR_EVER):
-            raise ConfigError(
-                f"policy.expires_in must be above 0 seconds and at most {FOR_EVER:g}, or null, got {self.expires_in}; "
-                "correct it"
+            raise PolicyError(
+                f"expires_in must be above 0 seconds and at most {FOR_EVER:g}, or null, got {self.expires_in}; correct it"
             )
         unknown = [level for level in self.ladder if level not in range(4)]
         if unknown:
-            raise ConfigError(f"policy.ladder has the level {unknown[0]}; levels are 0 ok, 1, 2 and 3 critical")
+            raise PolicyError(f"the ladder has the level {unknown[0]}; levels are 0 ok, 1, 2 and 3 critical")
 
     def levers(self, level: int) -> Levers:
         """Return what a level asks for."""
@@ -258,6 +256,8 @@ class Hold:
             if not (until is None or is_number(until)) or not isinstance(by, str) or not isinstance(reason, str):
                 raise ValueError("until must be a number or null, by and reason must be texts")
             return cls(None if levers is None else Levers.from_dict(levers, 2), until, by, reason)
+        except ControlError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ControlError(f"the document is no hold ({error!r}); write one with `rksp control hold`") from error
 
