@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
+import tempfile
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
-from rksp_core.errors import ConfigError
+from rksp_core.errors import CheckpointError, ConfigError, RkspError
+
+# Where an object appears whole or not at all; sftp, smb, hdfs and the like are written bit by bit.
+OBJECT_STORES = frozenset(
+    {"abfs", "abfss", "az", "cos", "gcs", "gs", "hf", "memory", "oci", "oss", "s3", "s3a", "tos", "wandb"}
+)
 
 _WORD = r"[A-Za-z][A-Za-z0-9+.-]*"
 _SCHEME = re.compile(rf"({_WORD}(?:::{_WORD})*)://")
@@ -50,3 +59,52 @@ def as_path(text: str | Path) -> Path:
 def is_local(path: object) -> bool:
     """Whether the path is one of this machine, which `os` and `mmap` understand."""
     return isinstance(path, Path)
+
+
+def appears_whole(path: Path) -> bool:
+    """Whether what lies there was put there in one piece, so that nobody can see half of it."""
+    return not is_local(path) and cast("Any", path).protocol in OBJECT_STORES
+
+
+@contextlib.contextmanager
+def driver_errors(path: Path) -> Iterator[None]:
+    """Turn whatever the driver of a remote path raises into OSError, as a local path would: try it again later.
+
+    Drivers raise errors of their own libraries (botocore, aiohttp, paramiko) beside OSError.
+    """
+    try:
+        yield
+    except (OSError, RkspError):
+        raise
+    except Exception as error:
+        if is_local(path):
+            raise
+        first = " ".join(str(error).split())[:200]
+        raise OSError(f"{path} cannot be reached ({type(error).__name__}: {first})") from error
+
+
+@contextlib.contextmanager
+def fetched(path: Path) -> Iterator[Path]:
+    """Give a local path of a file, for readers that need one: a local file itself, or a copy that is then removed.
+
+    Raises
+    ------
+    CheckpointError
+        When the temporary folder has no room for it.
+    OSError
+        When it is gone, or cannot be reached.
+    """
+    if is_local(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="rksp-") as folder:
+        with driver_errors(path):
+            size, room = path.stat().st_size, shutil.disk_usage(folder).free
+            if size > room:
+                raise CheckpointError(
+                    f"{path} has {size >> 20} MiB, and {folder} has room for {room >> 20}; name a larger TMPDIR"
+                )
+            copy = Path(folder) / f"copy{path.suffix}"
+            remote = cast("Any", path)
+            remote.fs.get_file(remote.path, str(copy))
+        yield copy
