@@ -2,76 +2,120 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from rksp_core.errors import CorruptCheckpoint
+from rksp_monitor.checkpoints.lazy import describe
+from rksp_monitor.checkpoints.names import shown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# What wrappers put before every name: DistributedDataParallel, torch.compile, Lightning.
-PREFIXES = ("module.", "_orig_mod.", "model.")
+# What wrappers put into names, at the front or in the middle: DistributedDataParallel, torch.compile, FSDP,
+# activation checkpointing.
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 LISTED = 3  # names in a message
 
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
     """Copy the weights into the module, in place; the module's dtype and device stay.
 
+    Names, shapes and dtypes are compared before anything is copied, so a checkpoint of another model changes nothing.
+    Then one tensor after another is read: a checkpoint whose bytes turn out to be damaged leaves the module with a
+    part of them, until the next one, which replaces every tensor.
+
     Parameters
     ----------
     module
         The model that the checkpoint belongs to.
     weights
-        Tensors by name; a prefix that all names share because the model was wrapped is taken off.
+        Tensors by name. What wrappers put into the names is taken out, and so is one prefix under which the whole model
+        is found, as Lightning's ``model.``; what is beside that prefix belongs to something else, and is left.
     name
         The checkpoint's, for the message.
 
     Raises
     ------
     CorruptCheckpoint
-        When names are missing or unexpected, or shapes differ: the checkpoint is of another model.
+        When names are missing or unexpected, or shapes or kinds of numbers differ: the checkpoint is of another model.
     """
     import torch
 
+    name = shown(name)
     wanted = module.state_dict(keep_vars=False)
-    found = _without_prefix(weights, wanted)
-    shared = _sharing_storage(wanted, found)
-    missing = [key for key in wanted if key not in found and key not in shared]
-    unexpected = [key for key in found if key not in wanted]
-    misshapen = [
-        f"{key} is {tuple(found[key].shape)}, expected {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in found and found[key].shape != wanted[key].shape
-    ]
-    if missing or unexpected or misshapen:
-        findings = [
-            f"{what} {_some(keys)}"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("shapes:", misshapen))
-            if keys
-        ]
-        raise CorruptCheckpoint(f"{name} does not fit the model: {'; '.join(findings)}; give the model it was made by")
+    places = _places(wanted, weights, {key for key, _ in module.named_buffers()})
+    shared = _sharing_storage(wanted, places)
+    missing = [key for key in wanted if key not in places and key not in shared]
+    unexpected = [key for key in places if key not in wanted]
+    stored = {key: describe(weights, places[key]) for key in wanted if key in places}
+    findings = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "shapes:": [
+            f"{shown(key)} is {shown(str(found.shape))}, expected {tuple(wanted[key].shape)}"
+            for key, found in stored.items()
+            if found.shape != tuple(wanted[key].shape)
+        ],
+        "numbers:": [
+            f"{shown(key)} is {found.dtype}, expected {_dtype(wanted[key])}"
+            for key, found in stored.items()
+            if _kind(found.dtype) != _kind(_dtype(wanted[key]))
+        ],
+    }
+    if any(findings.values()):
+        said = "; ".join(f"{what} {_some(keys)}" for what, keys in findings.items() if keys)
+        raise CorruptCheckpoint(f"{name} does not fit the model: {said}; give the model it was made by")
     with torch.no_grad():
-        for key, value in found.items():
-            wanted[key].copy_(value)
+        for key, place in places.items():
+            wanted[key].copy_(weights[place])
 
 
-def _without_prefix(weights: Mapping[str, Tensor], wanted: Iterable[str]) -> Mapping[str, Tensor]:
-    """Take wrappers' prefixes off, one after another, as long as the names then fit the model better."""
-    known = set(wanted)
-    while True:
-        fitting = len(known & weights.keys())
-        for prefix in PREFIXES:
-            if weights and all(key.startswith(prefix) for key in weights):
-                shorter = {key.removeprefix(prefix): value for key, value in weights.items()}
-                if len(known & shorter.keys()) >= fitting:
-                    weights = shorter
-                    break
-        else:
-            return weights
+def _places(wanted: Iterable[str], weights: Iterable[str], buffers: set[str]) -> dict[str, str]:
+    """Return {name in the model: name in the checkpoint}, and unexpected names as themselves.
+
+    The prefix that fits most of the model's names is taken off. When it is not empty, names that do not carry it are
+    left out; so are names of buffers that the model has and does not store.
+    """
+    by_plain = {_plain(key): key for key in wanted}
+    plain = {_plain(key): key for key in weights}
+    if len(by_plain) < len(list(wanted)) or len(plain) < len(list(weights)):  # names that differ by a wrapper alone
+        by_plain, plain = {key: key for key in wanted}, {key: key for key in weights}
+    prefix = _prefix(by_plain, plain)
+    places = {}
+    for key, place in plain.items():
+        if key.startswith(prefix):
+            own = by_plain.get(key.removeprefix(prefix), key.removeprefix(prefix) if prefix else place)
+            places[own] = place
+    return {key: place for key, place in places.items() if key in by_plain.values() or key not in buffers}
 
 
-def _sharing_storage(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> set[str]:
+def _prefix(wanted: Mapping[str, str], found: Iterable[str]) -> str:
+    """Return the prefix under which most of the wanted names are found; the shortest of those that fit alike."""
+    fitting: Counter[str] = Counter()
+    for key in found:
+        parts = key.split(".")
+        for cut in range(len(parts)):
+            if ".".join(parts[cut:]) in wanted:
+                fitting[".".join([*parts[:cut], ""]) if cut else ""] += 1
+    return min(fitting, key=lambda prefix: (-fitting[prefix], prefix.count("."), prefix), default="")
+
+
+def _plain(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _kind(dtype: str) -> str:
+    """Return which numbers a dtype holds: those of one kind are converted, those of another are of another model."""
+    return next((kind for kind in ("float", "complex", "int", "bool") if kind in dtype), dtype)
+
+
+def _sharing_storage(wanted: Mapping[str, Tensor], found: Mapping[str, str]) -> set[str]:
     """Return the names whose memory a found name fills too: tied weights are often stored once."""
     filled = {value.data_ptr() for key, value in wanted.items() if key in found and value.numel()}
     return {key for key, value in wanted.items() if value.numel() and value.data_ptr() in filled}
@@ -79,4 +123,4 @@ def _sharing_storage(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) 
 
 def _some(names: list[str]) -> str:
     more = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(shown(key) for key in names[:LISTED]) + (f" and {more} more" if more > 0 else "")

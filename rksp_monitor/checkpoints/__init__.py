@@ -1,8 +1,19 @@
 """What counts as a checkpoint, one module a format.
 
-Each module of `FORMATS` answers the same questions about a path (`CheckpointFormat`). They never unpickle objects,
-and they say "not yet" (`Completeness`) apart from "wrong" (CorruptCheckpoint): a file that is still being
-written looks damaged to most readers.
+Each module of `FORMATS` answers the same questions about a path (`CheckpointFormat`). None runs a pickle, all read
+tensors one at a time, and they say "not yet" (`Completeness`) apart from "wrong" (CorruptCheckpoint): a file that is
+still being written looks damaged to most readers.
+
+    profile      ``profiles/step-N.json``: the trainer's own figures, to be judged without a replay
+    safetensors  a ``.safetensors`` file
+    torch        a ``.pt``, ``.pth`` or ``.ckpt`` file, Lightning's too
+    lightning    a ``.ckpt`` folder: Lightning's sharded checkpoint
+    olmo         ``stepN/`` of OLMo-core
+    megatron     ``iter_N/`` of Megatron Core, written by its ``torch_dist``
+    deepspeed    ``global_stepN/`` of DeepSpeed, ZeRO or not; with ``trust_pickle``
+    folder       a folder with weights in one file, or in shards with an index: Hugging Face's ``checkpoint-N/`` too
+    dcp          a folder of torch.distributed.checkpoint, such as torchtitan's ``step-N/``
+    foreign      orbax, Levanter, zarr, adapters: recognised, and said not to be read
 """
 
 from __future__ import annotations
@@ -12,8 +23,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint, IncompleteCheckpoint
-from rksp_monitor.checkpoints import dcp_folder, profile_file, safetensors_file, step_folder, torch_file
+from rksp_monitor.checkpoints import (
+    dcp_folder,
+    deepspeed_folder,
+    foreign_folder,
+    lightning_folder,
+    megatron_folder,
+    olmo_folder,
+    profile_file,
+    safetensors_file,
+    step_folder,
+    torch_file,
+)
 from rksp_monitor.checkpoints.completeness import Completeness
+from rksp_monitor.checkpoints.names import shown
+from rksp_monitor.remote import is_local
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +74,13 @@ FORMATS: Mapping[str, CheckpointFormat] = cast(
         "profile": profile_file,
         "safetensors": safetensors_file,
         "torch": torch_file,
+        "lightning": lightning_folder,
+        "olmo": olmo_folder,
+        "megatron": megatron_folder,
         "folder": step_folder,
+        "deepspeed": deepspeed_folder,
         "dcp": dcp_folder,
+        "foreign": foreign_folder,
     },
 )
 
@@ -78,10 +107,10 @@ def read_weights(path: Path, *, trust_pickle: bool = False) -> Mapping[str, Tens
     """
     name = format_of(path)
     if not path.exists():
-        raise ExpiredCheckpoint(f"there is no checkpoint {path}")
+        raise ExpiredCheckpoint(f"there is no checkpoint {shown(str(path))}")
     if name is None or FORMATS[name].KIND != "checkpoint":
         raise CorruptCheckpoint(
-            f"{path} is no checkpoint; expected a .safetensors, .pt or .pth file, or a folder, "
+            f"{shown(str(path))} is no checkpoint; expected a .safetensors, .pt or .pth file, or a folder, "
             "with its step in the name, as in step-100"
         )
     found = FORMATS[name].is_complete(path)
@@ -94,3 +123,21 @@ def step_of(path: Path) -> int | None:
     """Return the step of a checkpoint or profile, None when it has none or is of no known format."""
     name = format_of(path)
     return None if name is None else FORMATS[name].step(path)
+
+
+def outside(path: Path, folder: Path) -> Path | None:
+    """Return what of a checkpoint lies outside the folder once symbolic links are followed, or None.
+
+    A link out of a run folder may point at anything that the watcher's user may read. The folder itself may be a link.
+    """
+    if not is_local(path):  # a remote one: its links are the server's business
+        return None
+    name, home = format_of(path), folder.resolve()
+    inside = FORMATS[name].files(path) if name is not None else []
+    return next((each for each in [path, *inside] if not each.resolve().is_relative_to(home)), None)
+
+
+def configuration_of(path: Path) -> Path | None:
+    """Return the ``config.json`` that Hugging Face saves beside the weights, of which the model can be built."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    return file if file.is_file() else None

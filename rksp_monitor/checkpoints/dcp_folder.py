@@ -1,25 +1,29 @@
 """A folder of `torch.distributed.checkpoint`: ``.metadata``, a pickle renamed into place last, and ``*.distcp`` files.
 
-Complete when ``.metadata`` is there and every file it names has the bytes it names. The pickle is read without torch
-and without running anything: each class it may name is stood in for by one that only keeps what it is given. Only
-the model's tensors are read, each on its own, as `torch.load` reads weights; optimizer state is never opened.
+Complete when ``.metadata`` is there and every file it names has the bytes it names. The pickle is read without
+running anything (`inert_pickle`). Only the model's tensors are read, each on its own, as files of `torch.save` are
+(`torch_archive`); optimizer state is never opened.
 """
 
 from __future__ import annotations
 
-import io
+import functools
 import math
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint, IncompleteCheckpoint
-from rksp_monitor.checkpoints import step_folder
+from rksp_core.errors import CheckpointError, CorruptCheckpoint, ExpiredCheckpoint, IncompleteCheckpoint
+from rksp_monitor.checkpoints import inert_pickle, markers, step_folder
 from rksp_monitor.checkpoints.completeness import answers
-from rksp_monitor.checkpoints.names import is_candidate
+from rksp_monitor.checkpoints.inert_pickle import MOST_DIMENSIONS
+from rksp_monitor.checkpoints.lazy import Described, LazyTensors
+from rksp_monitor.checkpoints.names import is_candidate, shown
+from rksp_monitor.checkpoints.source import Source
+from rksp_monitor.checkpoints.torch_archive import StoredTensor, TorchArchive, stored
 from rksp_monitor.checkpoints.torch_file import MODEL_KEYS
 
 if TYPE_CHECKING:
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
 
 KIND: Final = "checkpoint"
 METADATA = ".metadata"
-LARGEST_METADATA = 2**30
+OPEN_SHARDS = 16  # at a time
 
 
 def matches(path: Path) -> bool:
@@ -47,52 +51,64 @@ def files(path: Path) -> list[Path]:
 
 @answers
 def is_complete(path: Path) -> None:
-    """Check that every file is there with the bytes that ``.metadata`` names.
+    """Check that every file is there with the bytes that ``.metadata`` names."""
+    markers.check(path)
+    check_shards(path)
+
+
+def check_shards(path: Path) -> None:
+    """Check the shards against ``.metadata``, which is read once however often a slow writer is looked at.
 
     Raises
     ------
     CheckpointError
         IncompleteCheckpoint while something is missing, CorruptCheckpoint when ``.metadata`` is no metadata of DCP.
     """
-    needed: dict[str, int] = {}
-    for item in _contents(path).items:
-        needed[item.file] = max(needed.get(item.file, 0), item.offset + item.length)
-    for name, size in needed.items():
+    name = shown(path.name)
+    for shard, size in _needed(path, *_metadata_stamp(path)):
         try:
-            found = (path / name).stat().st_size
+            found = (path / shard).stat().st_size
         except FileNotFoundError as error:
-            raise IncompleteCheckpoint(f"{path.name} names {name}, which is not there yet") from error
+            raise IncompleteCheckpoint(f"{name} names {shard}, which is not there yet") from error
         except OSError as error:
-            raise CorruptCheckpoint(f"{path.name}: {name} cannot be read: {error.strerror}") from error
+            raise CorruptCheckpoint(f"{name}: {shard} cannot be read: {error.strerror}") from error
         if found < size:
-            raise IncompleteCheckpoint(f"{path.name}: {name} has {found} of {size} bytes")
+            raise IncompleteCheckpoint(f"{name}: {shard} has {found} of {size} bytes")
 
 
-def weights(path: Path, *, trust_pickle: bool = False) -> Mapping[str, Tensor]:  # noqa: ARG001 - one signature for all
-    """Return the model's tensors by their names in the model, put together from their shards.
+def weights(path: Path, *, trust_pickle: bool = False) -> Mapping[str, Tensor]:  # noqa: ARG001 - none is ever run
+    """Return the model's tensors by their names in the model, each put together from its shards when it is asked for.
 
     Raises
     ------
     CheckpointError
         When a file is gone or damaged, or the checkpoint holds no model.
     """
-    contents = _contents(path)
-    names = _model_names(contents)
-    if not names:
+    name, contents = shown(path.name), _contents(path)
+    keys = {model_name: key for key, model_name in _model_names(contents).items()}
+    if not keys:
         found = ", ".join(sorted({place[0] for place in contents.paths.values()})) or "nothing"
-        raise CorruptCheckpoint(f"{path.name} holds no model (found {found}); expected one at the top or under 'model'")
-    parts: dict[str, list[_Item]] = {key: [] for key in names}
+        raise CorruptCheckpoint(
+            f"{name} holds no model (found {shown(found)}); expected one at the top or under 'model'"
+        )
+    wanted = set(keys.values())
+    parts: dict[str, list[_Item]] = {key: [] for key in wanted}
     for item in contents.items:
-        if item.key in parts:
+        if item.key in wanted:
             parts[item.key].append(item)
-    try:
-        return {name: _assembled(path, contents.sizes[key], parts[key]) for key, name in names.items()}
-    except FileNotFoundError as error:
-        raise ExpiredCheckpoint(f"{path.name} is gone") from error
-    except pickle.UnpicklingError as error:
-        raise CorruptCheckpoint(f"{path.name} holds objects other than tensors in the place of tensors") from error
-    except (RuntimeError, OSError, ValueError, TypeError, EOFError, LookupError, OverflowError) as error:
-        raise CorruptCheckpoint(f"{path.name} is damaged: {_short(error)}") from error
+    shards = functools.lru_cache(maxsize=OPEN_SHARDS)(lambda shard: Source(path / shard))
+    described = {model_name: contents.tensors[key] for model_name, key in keys.items()}
+
+    def read(model_name: str) -> Tensor:
+        key = keys[model_name]
+        try:
+            return _assembled(shards, described[model_name], parts[key])
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CorruptCheckpoint(f"{name} is damaged: {shown(key)}: {shown(str(error))}") from error
+
+    return LazyTensors(described, read)
 
 
 @dataclass(frozen=True)
@@ -109,10 +125,10 @@ class _Item:
 
 @dataclass(frozen=True)
 class _Contents:
-    """What ``.metadata`` says: the pieces, the sizes of whole tensors, and each key's path in the saved dictionary."""
+    """What ``.metadata`` says: the pieces, what whole tensors are, and each key's path in the saved dictionary."""
 
     items: tuple[_Item, ...]
-    sizes: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, Described]
     paths: Mapping[str, tuple[str, ...]]
 
 
@@ -124,7 +140,7 @@ def _model_names(contents: _Contents) -> dict[str, str]:
     """
     top: dict[str, str] = {}
     inside: dict[tuple[str, ...], dict[str, str]] = {}
-    for key in contents.sizes:
+    for key in contents.tensors:
         *folders, name = contents.paths[key]
         depth = next((n for n, folder in enumerate(folders[:2], start=1) if folder in MODEL_KEYS), None)
         if depth is not None:
@@ -136,33 +152,62 @@ def _model_names(contents: _Contents) -> dict[str, str]:
     return inside[min(inside, key=lambda folders: (len(folders), MODEL_KEYS.index(folders[-1])))]
 
 
-def _assembled(path: Path, size: tuple[int, ...], parts: list[_Item]) -> Tensor:
-    """Read the parts of one tensor and put each in its place."""
+def _assembled(shards: Callable[[str], Source], whole: Described, parts: list[_Item]) -> Tensor:
+    """Read the parts of one tensor and put each in its place; nothing is reserved that the shards do not hold."""
     import torch
 
-    tensors = [(part.place, _read(path / part.file, part)) for part in parts]
-    if sum(tensor.numel() for _, tensor in tensors) != math.prod(size):
-        raise ValueError(f"the shards of {parts[0].key if parts else 'a tensor'} do not make up its size {size}")
-    if len(tensors) == 1:
-        return tensors[0][1].reshape(size)
-    whole = torch.empty(size, dtype=tensors[0][1].dtype)
-    for place, tensor in tensors:
-        whole[tuple(slice(at, at + length) for at, length in zip(place, tensor.shape, strict=True))] = tensor
-    return whole
+    described = [(part, *_described_part(shards(part.file), part)) for part in parts]
+    places = {(part.place, tensor.described.shape) for part, _, tensor in described}
+    if len(places) != len(parts) or sum(math.prod(shape) for _, shape in places) != math.prod(whole.shape):
+        raise ValueError(f"its shards do not make up its size {whole.shape}")
+    if len(described) == 1:
+        _, archive, tensor = described[0]
+        return archive.read(tensor).reshape(whole.shape)
+    filled = torch.empty(whole.shape, dtype=getattr(torch, whole.dtype))
+    for part, archive, tensor in described:
+        shape = tensor.described.shape
+        filled[tuple(slice(at, at + length) for at, length in zip(part.place, shape, strict=True))] = archive.read(
+            tensor
+        )
+    return filled
 
 
-def _read(path: Path, part: _Item) -> Tensor:
-    """Read one item, which is a `torch.save` file of its own within the shard."""
-    import torch
-
+def _described_part(shard: Source, part: _Item) -> tuple[TorchArchive, StoredTensor]:
+    """Open one item, which is a `torch.save` file of its own within the shard."""
     if part.extensions:
-        raise ValueError(f"{part.key} is stored with {', '.join(part.extensions)}; write it without extensions")
-    with path.open("rb") as stream:
-        stream.seek(part.offset)
-        tensor = torch.load(io.BytesIO(stream.read(part.length)), weights_only=True, map_location="cpu")
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{part.key} is a {type(tensor).__name__}, expected a tensor")
-    return tensor
+        raise ValueError(f"it is stored with {', '.join(part.extensions)}; write it without extensions")
+    if part.offset + part.length > shard.size:
+        raise ValueError(f"{shard.name} has {shard.size} of {part.offset + part.length} bytes")
+    archive = TorchArchive(shard, part.offset, part.length)
+    tensor = stored(archive.content())
+    if tensor is None:
+        raise TypeError("expected a tensor")
+    held = tensor.described
+    if math.prod(held.shape) > part.length:
+        raise ValueError(f"its shape {held.shape} is larger than its {part.length} bytes")
+    return archive, tensor
+
+
+def _metadata_stamp(path: Path) -> tuple[int, int, int]:
+    """Return size, time and inode of ``.metadata``."""
+    try:
+        stat = (path / METADATA).stat()
+    except FileNotFoundError as error:
+        if not path.exists():
+            raise ExpiredCheckpoint(f"{shown(path.name)} is gone") from error
+        raise IncompleteCheckpoint(f"{shown(path.name)} has no {METADATA} yet, which is written last") from error
+    except OSError as error:
+        raise CorruptCheckpoint(f"{shown(path.name)}: {METADATA} cannot be read: {error.strerror}") from error
+    return stat.st_size, int(stat.st_mtime * 1e6), stat.st_ino
+
+
+@functools.lru_cache(maxsize=64)
+def _needed(path: Path, *_stamp: int) -> tuple[tuple[str, int], ...]:
+    """Return each shard that ``.metadata`` names, and the bytes it must have."""
+    needed: dict[str, int] = {}
+    for item in _contents(path).items:
+        needed[item.file] = max(needed.get(item.file, 0), item.offset + item.length)
+    return tuple(needed.items())
 
 
 def _contents(path: Path) -> _Contents:
@@ -173,49 +218,53 @@ def _contents(path: Path) -> _Contents:
     CheckpointError
         IncompleteCheckpoint while it is missing or cut short, CorruptCheckpoint when it is anything else.
     """
-    metadata = path / METADATA
-    try:
-        if metadata.stat().st_size > LARGEST_METADATA:
-            raise CorruptCheckpoint(f"{path.name}: {METADATA} is larger than {LARGEST_METADATA >> 20} MiB")
-        data = metadata.read_bytes()
-    except FileNotFoundError as error:
-        if not path.exists():
-            raise ExpiredCheckpoint(f"{path.name} is gone") from error
-        raise IncompleteCheckpoint(f"{path.name} has no {METADATA} yet, which is written last") from error
-    except OSError as error:
-        raise CorruptCheckpoint(f"{path.name}: {METADATA} cannot be read: {error.strerror}") from error
-    if not data.endswith(pickle.STOP):
-        raise IncompleteCheckpoint(f"{path.name}: {METADATA} is cut short")
-    try:
-        return _described(_Unpickler(io.BytesIO(data)).load())
-    except _Refused as name:
+    name = shown(path.name)
+    size, *_ = _metadata_stamp(path)
+    if size > inert_pickle.LARGEST:
         raise CorruptCheckpoint(
-            f"{path.name}: {METADATA} names {_short(name)}, which no checkpoint needs; it was not loaded"
-        ) from name
+            f"{name}: {METADATA} has {size >> 20} MiB, at most {inert_pickle.LARGEST >> 20} are read (230000 pieces); "
+            "save fewer shards"
+        )
+    data = Source(path / METADATA).read(0, size)
+    if not data.endswith(pickle.STOP):
+        raise IncompleteCheckpoint(f"{name}: {METADATA} is cut short")
+    try:
+        return _described(inert_pickle.load(data, _is_metadata_name))
+    except inert_pickle.Refused as refused:
+        raise CorruptCheckpoint(
+            f"{name}: {METADATA} names {shown(str(refused))}, which no checkpoint needs; it was not loaded"
+        ) from refused
     except Exception as error:
-        what = f"{type(error).__name__}: {_short(error)}"
-        raise CorruptCheckpoint(f"{path.name}: {METADATA} is no metadata of DCP ({what})") from error
-
-
-def _short(error: Exception) -> str:
-    """Return what an error says on one line: it may quote a name that a stranger chose."""
-    return " ".join(str(error).partition("\n")[0].split())[:200]
+        what = f"{type(error).__name__}: {shown(str(error))}"
+        raise CorruptCheckpoint(f"{name}: {METADATA} is no metadata of DCP ({what})") from error
 
 
 def _described(metadata: Any) -> _Contents:
     """Take what is needed out of the unpickled records, whatever types a stranger gave their fields."""
     entries, storage = metadata.state["state_dict_metadata"], metadata.state["storage_data"]
     written = metadata.state.get("planner_data") or {}  # nothing where the dictionary was saved without flattening
-    sizes = {key: _whole(entry.state["size"]) for key, entry in entries.items() if "size" in (entry.state or {})}
-    paths = {_text(key): tuple(str(_plain(part)) for part in written.get(key) or (key,)) for key in entries}
-    return _Contents(tuple(_item(index.state, info.state) for index, info in storage.items()), sizes, paths)
+    tensors = {key: _tensor(entry.state) for key, entry in entries.items() if "size" in (entry.state or {})}
+    paths = {_text(key): _path(written.get(key) or (key,)) for key in entries}
+    return _Contents(tuple(_item(index.state, info.state) for index, info in storage.items()), tensors, paths)
+
+
+def _tensor(state: Mapping[str, Any]) -> Described:
+    properties = state["properties"].state  # a tuple since torch 2.0, the dtype first
+    dtype = properties["dtype"] if isinstance(properties, dict) else properties[0]
+    return Described(_whole(state["size"]), dtype.name.removeprefix("torch."))
+
+
+def _path(parts: Any) -> tuple[str, ...]:
+    if len(parts) > MOST_DIMENSIONS:
+        raise ValueError("a key has too many parts")
+    return tuple(str(_plain(part)) for part in parts)
 
 
 def _item(index: Mapping[str, Any], info: Mapping[str, Any]) -> _Item:
     if not _SHARD.fullmatch(_text(info["relative_path"])):
         raise ValueError("a shard is not called as DCP calls them")
     offset, length = _whole((info["offset"], info["length"]))
-    extensions = tuple(_text(name) for name in info.get("transform_descriptors") or ())
+    extensions = tuple(_text(name) for name in (info.get("transform_descriptors") or ())[:MOST_DIMENSIONS])
     place = _whole(index.get("offset") or ())
     return _Item(_text(index["fqn"]), place, info["relative_path"], offset, length, extensions)
 
@@ -233,70 +282,33 @@ def _text(value: Any) -> str:
 
 
 def _whole(values: Any) -> tuple[int, ...]:
-    if not all(type(value) is int and 0 <= value < 2**63 for value in values):
+    if len(values) > MOST_DIMENSIONS or not all(type(value) is int and 0 <= value < 2**63 for value in values):
         raise ValueError("a size or an offset is no whole number")
     return tuple(values)
 
 
-class _Refused(Exception):  # noqa: N818 - the name that was refused
-    pass
-
-
-class _Record:
-    """Stands in for an instance of a class of DCP: keeps what the pickle says of it, and does nothing."""
-
-    __slots__ = ("state",)
-    state: Any
-
-    def __new__(cls, *_: object) -> _Record:  # noqa: PYI034 - the shape checker of the tests cannot see `Self`
-        record = object.__new__(cls)
-        record.state = None
-        return record
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-# What `pickle.dump` uses for metadata; no bytes, sets, extensions or persistent objects.
-_OPCODES = (
-    pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.MEMOIZE, pickle.PUT, pickle.BINPUT,
-    pickle.LONG_BINPUT, pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE,
-    pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.SHORT_BINUNICODE, pickle.BINUNICODE,
-    pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.APPEND,
-    pickle.APPENDS, pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS, pickle.GLOBAL, pickle.STACK_GLOBAL,
-    pickle.REDUCE, pickle.NEWOBJ, pickle.BUILD,
-)  # fmt: skip
-
-
-class _Unpickler(pickle._Unpickler):
-    """Reads ``.metadata`` and imports nothing: a name that is not in the table is refused, the others are inert.
-
-    It is the standard library's own in Python. The one in C (2.5 s instead of 9 for 230 000 pieces) reserves whatever
-    memory a forged number asks for: eight bytes could end the watcher, and the training beside it.
-    """
-
-    dispatch: ClassVar = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _RECORDS.get(module, ()):
-            return _Record
-        if (module, name) == ("torch", "Size"):
-            return tuple
-        if module == "torch" and _DTYPE.fullmatch(name):
-            return name
-        raise _Refused(f"{module}.{name}")
+def _is_metadata_name(name: str) -> bool:
+    return name in _RECORDS or bool(_DTYPE.fullmatch(name))
 
 
 _SHARD = re.compile(r"[\w.-]+\.distcp")
-_DTYPE = re.compile(r"bool|(b?float|u?int|complex)\d+\w*")
+_DTYPE = re.compile(r"torch\.(bool|(b?float|u?int|complex)\d+\w*)")
 
-_RECORDS = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "pathlib": {"PosixPath", "WindowsPath"},  # where it was written
-    "pathlib._local": {"PosixPath", "WindowsPath"},  # the same, from Python 3.13 on
-}  # fmt: skip
+_METADATA_CLASSES = (
+    "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+    "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+)  # fmt: skip
+_RECORDS = frozenset(
+    {
+        *(f"torch.distributed.checkpoint.metadata.{name}" for name in _METADATA_CLASSES),
+        "torch.distributed.checkpoint.filesystem._StorageInfo",
+        "olmo_core.distributed.checkpoint.filesystem._StorageInfo",
+        "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata",
+        "megatron.core.dist_checkpointing.mapping.MCoreMetadata",
+        "torch.Size",
+        "torch.serialization._get_layout",
+        *(
+            f"pathlib{module}.{name}Path" for module in ("", "._local") for name in ("Posix", "Windows")
+        ),  # of the writer
+    }
+)

@@ -21,6 +21,7 @@ _STEP = re.compile(
 )
 _LAST_NUMBER = re.compile(r"(?:^|[-_=])(\d+)$")
 _NO_TEXT = re.compile("[\ud800-\udfff]")  # what Python makes of the bytes of a name that is no UTF-8
+_LONGEST_SHOWN = 200
 _LARGEST_STEP = 10**12  # a timestamp in a name (20261122030900) is no step: after it, every step would be late
 
 
@@ -32,6 +33,12 @@ def is_candidate(name: str) -> bool:
 def is_step(value: object) -> TypeGuard[int]:
     """Whether a value that a name or a document states can be a step."""
     return type(value) is int and 0 <= value <= _LARGEST_STEP
+
+
+def shown(text: str) -> str:
+    """Return a name as it can stand in a sentence: on one line, printable, and not endless."""
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def step_in(name: str, *, bare_number: bool = True) -> int | None:

@@ -1,7 +1,7 @@
-"""A ``torch.save`` file (``.pt``, ``.pth``, ``.ckpt``): a zip archive whose directory is written last.
+"""A ``torch.save`` file (``.pt``, ``.pth``, Lightning's ``.ckpt``): a zip archive whose directory is written last.
 
-Complete when that end-directory parses (and its size is stable, which discovery sees to). Read with
-``weights_only``: a pickle that wants to build anything but tensors is refused.
+Complete when that directory parses (and its size is stable, which discovery sees to). Its pickle is never run, and of
+its tensors only the model's are read (`torch_archive`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint, IncompleteCheckpoint
+from rksp_core.errors import CorruptCheckpoint, IncompleteCheckpoint
 from rksp_monitor.checkpoints.completeness import answers
-from rksp_monitor.checkpoints.names import is_candidate, step_in
+from rksp_monitor.checkpoints.inert_pickle import Made
+from rksp_monitor.checkpoints.lazy import LazyTensors
+from rksp_monitor.checkpoints.names import is_candidate, shown, step_in
+from rksp_monitor.checkpoints.source import Source
+from rksp_monitor.checkpoints.torch_archive import StoredTensor, TorchArchive, stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,72 +46,89 @@ def files(path: Path) -> list[Path]:
 
 @answers
 def is_complete(path: Path) -> None:
-    """Check that the zip directory is there.
+    """Check that the zip directory is there."""
+    open_archive(path)
+
+
+def weights(path: Path, *, trust_pickle: bool = False) -> Mapping[str, Tensor]:
+    """Return the model's state dict; each tensor is read when it is asked for.
 
     Raises
     ------
     CheckpointError
-        IncompleteCheckpoint while it is not, CorruptCheckpoint when the file is no zip at all.
+        When the file is gone, damaged, holds objects that are no tensors (unless ``trust_pickle``, which looks past
+        them: they are not made), or no state dict.
     """
-    try:
-        with path.open("rb") as stream:
-            magic = stream.read(4)
-        if magic.strip(b"\0") and not b"PK\x03\x04".startswith(magic):
-            raise CorruptCheckpoint(
-                f"{path.name} is no zip archive, so torch wrote it before version 1.6; save it again with a newer torch"
-            )
-        with zipfile.ZipFile(path) as archive:
-            if not any(name.endswith("data.pkl") for name in archive.namelist()):
-                raise CorruptCheckpoint(f"{path.name} is a zip archive, but not one of torch.save (no data.pkl)")
-    except FileNotFoundError as error:
-        raise ExpiredCheckpoint(f"{path.name} is gone") from error
-    except zipfile.BadZipFile as error:
-        raise IncompleteCheckpoint(f"{path.name} has no zip directory yet ({error})") from error
-    except (OSError, NotImplementedError, UnicodeDecodeError) as error:
-        raise CorruptCheckpoint(f"{path.name} cannot be read: {error}") from error
+    archive = open_archive(path)
+    content = archive.content(trust_pickle=trust_pickle)
+    return lazy_tensors(archive, state_dict(content, archive.name))
 
 
-def weights(path: Path, *, trust_pickle: bool = False) -> Mapping[str, Tensor]:  # noqa: ARG001 - one signature for all
-    """Return the model's state dict, mapped from the file; optimizer state is never loaded into memory.
+def open_archive(path: Path) -> TorchArchive:
+    """Open the file and read its directory.
 
     Raises
     ------
     CheckpointError
-        When the file is gone, damaged, holds objects that are no tensors, or no state dict.
+        IncompleteCheckpoint while there is no directory, CorruptCheckpoint when the file is no archive of torch.
     """
-    import pickle
-
-    import torch
-
-    try:
-        content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except FileNotFoundError as error:
-        raise ExpiredCheckpoint(f"{path.name} is gone") from error
-    except pickle.UnpicklingError as error:
+    source = Source(path)
+    magic = bytes(source.read(0, min(4, source.size)))
+    if magic.strip(b"\0") and not b"PK\x03\x04".startswith(magic):
         raise CorruptCheckpoint(
-            f"{path.name} holds objects other than tensors and plain values, which are never loaded; "
-            "save the state dict alone, or as safetensors"
-        ) from error
-    except (RuntimeError, OSError, ValueError, EOFError, KeyError, IndexError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise CorruptCheckpoint(f"{path.name} is damaged: {first}") from error
-    return _state_dict(content, path.name)
-
-
-def _state_dict(content: Any, name: str) -> Mapping[str, Tensor]:
-    import torch
-
-    def is_state(value: Any) -> bool:
-        return (
-            isinstance(value, Mapping)
-            and bool(value)
-            and all(isinstance(key, str) for key in value)
-            and any(isinstance(part, torch.Tensor) for part in value.values())
+            f"{source.name} is no zip archive, so torch wrote it before version 1.6; save it again with a newer torch"
         )
+    try:
+        return TorchArchive(source)
+    except zipfile.BadZipFile as error:
+        raise IncompleteCheckpoint(f"{source.name} has no zip directory yet ({shown(str(error))})") from error
 
-    nested = [content[key] for key in MODEL_KEYS if isinstance(content, Mapping) and is_state(content.get(key))]
+
+def lazy_tensors(archive: TorchArchive, found: Mapping[str, StoredTensor]) -> LazyTensors:
+    """Return tensors of an archive, each read when it is asked for."""
+    return LazyTensors({key: tensor.described for key, tensor in found.items()}, lambda key: archive.read(found[key]))
+
+
+def state_dict(content: Any, name: str) -> dict[str, StoredTensor]:
+    """Find the model's tensors in what was saved: at the top, or under one of `MODEL_KEYS`.
+
+    Raises
+    ------
+    CorruptCheckpoint
+        When there are none, or some are of a kind that is not read.
+    """
+    nested = [content[key] for key in MODEL_KEYS if isinstance(content, dict) and _is_state(content.get(key))]
     found = nested[0] if nested else content
-    if not is_state(found):
-        kind = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-        raise CorruptCheckpoint(f"{name} holds no state dict (found {kind}); expected one, or one under 'model'")
-    return {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}
+    if not _is_state(found):
+        kind = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise CorruptCheckpoint(f"{name} holds no state dict (found {shown(kind)}); expected one, or one under 'model'")
+    return tensors_of(found, name)
+
+
+def tensors_of(found: Mapping[str, Any], name: str) -> dict[str, StoredTensor]:
+    """Return the tensors among the values of a dictionary.
+
+    Raises
+    ------
+    CorruptCheckpoint
+        When one is of a kind that is not read.
+    """
+    tensors = {}
+    for key, value in found.items():
+        try:
+            tensor = stored(value)
+        except CorruptCheckpoint as error:
+            raise CorruptCheckpoint(f"{name}: {shown(key)} cannot be read: {error}") from error
+        except Exception as error:
+            raise CorruptCheckpoint(f"{name} is damaged: {shown(key)} is no tensor of torch ({error!r})") from error
+        if tensor is not None:
+            tensors[key] = tensor
+    return tensors
+
+
+def _is_state(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(isinstance(key, str) for key in value)
+        and any(isinstance(part, Made) and part.name.startswith("torch.") for part in value.values())
+    )
