@@ -7,7 +7,7 @@ is refused, with the nearest one that is.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +24,7 @@ from pydantic_settings import (
 
 from rksp_core.errors import ConfigError, RkspError
 from rksp_core.policy import Policy
+from rksp_monitor.announce_settings import Hook, Webhook
 
 PREFIX = "RKSP_"
 FILE_VARIABLE = "RKSP_CONFIG"
@@ -39,7 +40,7 @@ class Section(BaseModel):
 
 
 class Replay(Section):
-    """How a checkpoint is replayed in the worker process."""
+    """How a checkpoint is replayed in a worker process."""
 
     timeout: Positive = Field(default=600.0, description="Seconds one checkpoint may take before its worker is ended.")
     attempts: Count = Field(default=3, description="Attempts before a checkpoint counts as failed.")
@@ -49,11 +50,28 @@ class Replay(Section):
     incomplete_after: Positive = Field(
         default=3600.0, description="Seconds after which an unfinished file counts as failed."
     )
-    niceness: Annotated[int, Field(ge=0, le=19)] = Field(default=10, description="Added to the worker's niceness.")
-    threads: Count = Field(default=1, description="Threads of torch in the worker.")
     samples: Count = Field(default=2048, description="Token states a layer is profiled on.")
     sequences: Count = Field(default=32, description="Sequences of a random probe.")
     length: Count = Field(default=64, description="Tokens in a sequence of a random probe.")
+    micro_batch: Count | None = Field(
+        default=None, description="Sequences in one forward pass; null takes all, and fewer when memory runs out."
+    )
+    cpu_fallback: bool = Field(
+        default=True, description="Whether a checkpoint that does not fit the GPU is replayed on the CPU."
+    )
+    noise_groups: Annotated[int, Field(ge=0)] = Field(
+        default=4, description="Groups of sequences that the noise of a profile is measured over; 0 is off."
+    )
+    noise_every: Count = Field(
+        default=10, description="Checkpoints between two measurements of the noise; each costs one profile a group."
+    )
+
+    @field_validator("noise_groups")
+    @classmethod
+    def _groups(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("one group says nothing about noise; take at least 2, or 0 for none")
+        return value
 
 
 class Control(Section):
@@ -63,39 +81,89 @@ class Control(Section):
         default=None, description="Control folder; null takes the trainer's, or RUN_FOLDER/control."
     )
     mode: str = Field(default="0600", pattern="^0?[0-7]{3}$", description="Permission bits of desired.json, in octal.")
-
-
-class WatchSettings(BaseSettings):
-    """Settings of ``rksp watch``."""
-
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_nested_delimiter="__", extra="ignore", frozen=True, protected_namespaces=()
+    acknowledge_within: Positive = Field(
+        default=600.0, description="Seconds after which an order that the trainer did not answer is an alarm."
     )
+
+
+class Every(Section):
+    """Some of the checkpoints."""
+
+    every: Count = Field(description="Steps that must lie between two checkpoints that are judged.")
+
+
+class Workers(Section):
+    """The processes that replay checkpoints, one a device."""
+
+    niceness: Annotated[int, Field(ge=0, le=19)] = Field(default=10, description="Added to a worker's niceness.")
+    idle_io: bool = Field(default=True, description="Whether a worker reads only when nobody else does (ionice).")
+    threads: Count = Field(default=1, description="Threads of torch in a worker.")
+    memory_limit: Positive | None = Field(
+        default=None, description="GiB of resident memory above which a worker is started again; null is no limit."
+    )
+
+
+class RunSettings(Section):
+    """What each run may have of its own; a key that an entry of ``runs`` leaves out is the top level's."""
 
     model: str | None = Field(default=None, description="MODEL, as for preflight; null takes RUN_FOLDER/config.yaml.")
     arguments: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the model's factory.")
     probe: Path | None = Field(
         default=None, description="Probe file; null takes RUN_FOLDER/probe.safetensors, else seeded random tokens."
     )
+    blocks: str | None = Field(default=None, description="Glob of the residual blocks; null finds them.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of a random probe, the model and the subsampling.")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:n.")
     run_id: str | None = Field(
         default=None, description="Name of the run; null takes the trainer's, or the folder's name."
     )
+    enforce: bool = Field(default=False, description="Whether to write orders; false only logs and exports them.")
+    trust_pickle: bool = Field(
+        default=False, description="Whether formats that are pickles are read: such a checkpoint can run any code."
+    )
+    backlog: Literal["all", "latest"] | Every = Field(
+        default="all", description="Checkpoints to judge: all, the latest that wait, or some ({every: STEPS})."
+    )
+    reference: Path | None = Field(
+        default=None, description="A healthy run to compare with at the same step: its folder, ledger or history."
+    )
+    replay: Replay = Field(default_factory=Replay)
+    control: Control = Field(default_factory=Control)
+    policy: Policy = Field(default_factory=Policy, description="Rules, hysteresis, cool-down, and what a level orders.")
+
+
+class RunEntry(RunSettings):
+    """One entry of ``runs``."""
+
+    folder: str = Field(description="Run folder, a glob of run folders (/data/runs/*), or a URL (s3://bucket/run).")
+
+
+class WatchSettings(RunSettings, BaseSettings):
+    """Settings of ``rksp watch``."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", extra="ignore", frozen=True, protected_namespaces=()
+    )
+
     poll_interval: Positive = Field(default=2.0, description="Seconds between two scans; file events shorten the wait.")
     hints: bool = Field(default=True, description="Whether to ask the operating system for file events.")
     listen: str = Field(
         default="127.0.0.1:9109", description="Address of the metrics endpoint; port 0 picks a free one."
     )
+    web_config: Path | None = Field(
+        default=None, description="TLS and basic auth of the endpoint, in the schema of Prometheus' exporter-toolkit."
+    )
     per_layer_metrics: bool = Field(default=False, description="Whether to export the rksp_layer_* series.")
-    state_dir: Path | None = Field(default=None, description="Local folder of the ledger; null is RUN_FOLDER/.rksp.")
-    enforce: bool = Field(default=False, description="Whether to write orders; false only logs and exports them.")
+    state_dir: Path | None = Field(
+        default=None, description="Local folder of the ledgers; null is RUN_FOLDER/.rksp, or the user's state folder."
+    )
     fail_on: Literal["never", "elevated", "high", "critical"] = Field(
         default="never", description="Level of exit code 1."
     )
-    replay: Replay = Field(default_factory=Replay)
-    control: Control = Field(default_factory=Control)
-    policy: Policy = Field(default_factory=Policy, description="Rules, hysteresis, cool-down, and what a level orders.")
+    workers: Workers = Field(default_factory=Workers)
+    webhooks: tuple[Webhook, ...] = Field(default=(), description="Addresses that events are posted to.")
+    hooks: tuple[Hook, ...] = Field(default=(), description="Commands that are run at events.")
+    runs: tuple[RunEntry, ...] = Field(default=(), description="The runs to watch, with what they have of their own.")
 
     @field_validator("listen")
     @classmethod
@@ -119,7 +187,9 @@ class WatchSettings(BaseSettings):
         return (init_settings,)
 
 
-def read_settings(path: Path | None = None, flags: Mapping[str, Any] | None = None) -> WatchSettings:
+def read_settings(
+    path: Path | None = None, flags: Mapping[str, Any] | None = None, folders: Sequence[str] = ()
+) -> WatchSettings:
     """Return the settings; ``flags`` that are None were not given.
 
     Parameters
@@ -128,6 +198,13 @@ def read_settings(path: Path | None = None, flags: Mapping[str, Any] | None = No
         YAML file; None takes the one that RKSP_CONFIG names, if any.
     flags
         Values by name, nested as in the YAML; they win over everything else.
+    folders
+        Run folders beside those under ``runs``.
+
+    Returns
+    -------
+    WatchSettings
+        Each of its ``runs`` is whole: what an entry leaves out was taken from the top level.
 
     Raises
     ------
@@ -150,8 +227,18 @@ def read_settings(path: Path | None = None, flags: Mapping[str, Any] | None = No
     schema = WatchSettings.model_json_schema()
     for key, near in _unknown_keys(merged, schema, schema):
         raise ConfigError(f"{source}: unknown key {key!r}; did you mean {near!r}? See `rksp config schema`")
+    entries = merged.get("runs") or []
+    if not isinstance(entries, list):
+        raise ConfigError(f"{source}: runs must be a list of {{folder: ...}}, got a {type(entries).__name__}")
+    named = [*entries, *({"folder": folder} for folder in folders)]
+    over = _merge(variables, _given(flags or {}))  # they win over what an entry says, too
+    own = [_merge(_merge(_per_run(document), entry), _per_run(over)) for entry in named if isinstance(entry, Mapping)]
+    if len(own) != len(named):
+        raise ConfigError(f"{source}: an entry of runs is {{folder: ...}}; see `rksp config init`")
+    if len(own) > 1 and over.get("run_id") is not None:
+        raise ConfigError("one run_id cannot name several runs; set it in the entries of `runs:`")
     try:
-        return WatchSettings(**merged)
+        return WatchSettings(**merged | {"runs": own})
     except ValidationError as error:
         raise ConfigError(f"{source}: {_sentence(error)}") from error
     except RkspError as error:
@@ -178,6 +265,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
     nested = {name: _given(value) if isinstance(value, Mapping) else value for name, value in flags.items()}
     return {name: value for name, value in nested.items() if value is not None and value != {}}
+
+
+def _per_run(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name in RunSettings.model_fields}
 
 
 def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ one transaction: an order is in the ledger before the trainer can see it, so a g
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -27,6 +28,8 @@ import filelock
 from rksp_core.errors import ConfigError
 from rksp_monitor.checkpoints import Kind
 from rksp_monitor.discovery import Sighting
+from rksp_monitor.filesystem import filesystem_of, is_remote
+from rksp_monitor.remote import as_path
 
 Status = Literal["seen", "ready", "processing", "done", "failed", "expired", "skipped"]
 STATUSES: tuple[Status, ...] = ("seen", "ready", "processing", "done", "failed", "expired", "skipped")
@@ -37,13 +40,24 @@ CREATE TABLE IF NOT EXISTS events (
     path TEXT NOT NULL, format TEXT NOT NULL, status TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
     not_before REAL NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT '', profile TEXT,
     first_seen REAL NOT NULL, updated REAL NOT NULL,
+    judged REAL, evidence TEXT, decision TEXT, set_aside INTEGER NOT NULL DEFAULT 0,
     UNIQUE (run, kind, step, fingerprint, path));
 CREATE INDEX IF NOT EXISTS events_status ON events (run, status, step);
 CREATE INDEX IF NOT EXISTS events_path ON events (run, path);
 CREATE TABLE IF NOT EXISTS state (run TEXT NOT NULL, name TEXT NOT NULL, document TEXT NOT NULL,
     PRIMARY KEY (run, name));
 """
-_VERSION = 1
+_VERSION = 2
+
+# What brings a ledger of the version to the next one.
+_MIGRATIONS = {
+    1: (
+        "ALTER TABLE events ADD COLUMN judged REAL",
+        "ALTER TABLE events ADD COLUMN evidence TEXT",
+        "ALTER TABLE events ADD COLUMN decision TEXT",
+        "ALTER TABLE events ADD COLUMN set_aside INTEGER NOT NULL DEFAULT 0",
+    ),
+}
 _COLUMNS = "id, kind, step, fingerprint, path, format, status, attempts, error, first_seen"
 _PENDING = ""  # the fingerprint of something that is not complete: it changes with every write
 
@@ -64,6 +78,15 @@ class Event:
     first_seen: float
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What is kept of an event that was judged: its profile, and the evidence and decision that followed from it."""
+
+    profile: Mapping[str, Any]
+    evidence: Mapping[str, Any]
+    decision: Mapping[str, Any]
+
+
 class Ledger:
     """The state of one run. Open it with `open_ledger`, which holds the lock of its single writer."""
 
@@ -71,8 +94,25 @@ class Ledger:
         self._database = database
         self._run = run
         self._clock = clock
+        self._inode: int | None = None
         self._recorded: set[tuple[Path, str]] = set()  # complete ones: every scan sees them all again
-        database.executescript(_SCHEMA)
+        _migrate(database)
+
+    def check_there(self, path: Path) -> None:
+        """Check that the file in ``path`` is still the one that was opened: SQLite would write into a deleted one.
+
+        Raises
+        ------
+        ConfigError
+            When it was removed or replaced.
+        """
+        try:
+            found = path.stat().st_ino
+        except OSError:
+            found = None
+        self._inode = self._inode or found
+        if found is None or found != self._inode:
+            raise ConfigError(f"the ledger {path} was removed or replaced while it was in use")
 
     # -- events
 
@@ -116,6 +156,17 @@ class Ledger:
         )
         return inserted.rowcount == 1
 
+    def known(self) -> list[Sighting]:
+        """Return what was complete when it was seen last: a scanner need not open it again to know that."""
+        rows = self._database.execute(
+            "SELECT path, format, kind, step, fingerprint FROM events WHERE run = ? AND fingerprint != ? ORDER BY id",
+            (self._run, _PENDING),
+        )
+        return [
+            Sighting(as_path(path), format_name, kind, step, fingerprint, complete=True)
+            for path, format_name, kind, step, fingerprint in rows
+        ]
+
     def events(self, *statuses: Status) -> list[Event]:
         """Return the rows in these states (all when none is named), by step."""
         wanted = statuses or STATUSES
@@ -151,13 +202,68 @@ class Ledger:
         """Give an abandoned event back, as if the attempt had not been made."""
         self._move(event, "ready", attempts=event.attempts)
 
-    def judged_before(self, event: Event) -> bool:
-        """Whether the same path was judged with other content."""
+    def near_judged(self, event: Event, steps: int) -> bool:
+        """Whether an event of its kind was judged less than so many steps away, on either side."""
         row = self._database.execute(
-            "SELECT 1 FROM events WHERE run = ? AND path = ? AND status = 'done' AND id != ? LIMIT 1",
-            (self._run, str(event.path), event.id),
+            "SELECT 1 FROM events WHERE run = ? AND kind = ? AND status = 'done' AND set_aside = 0 "
+            "AND step > ? AND step < ? LIMIT 1",
+            (self._run, event.kind, event.step - steps, event.step + steps),
         ).fetchone()
         return row is not None
+
+    def later_ready(self, event: Event) -> bool:
+        """Whether an event of its kind and a higher step waits too."""
+        row = self._database.execute(
+            "SELECT 1 FROM events WHERE run = ? AND kind = ? AND status = 'ready' AND step > ? LIMIT 1",
+            (self._run, event.kind, event.step),
+        ).fetchone()
+        return row is not None
+
+    def judged_count(self, kind: str) -> int:
+        """Return the number of events of a kind that were judged."""
+        row = self._database.execute(
+            "SELECT COUNT(*) FROM events WHERE run = ? AND kind = ? AND status = 'done' AND set_aside = 0",
+            (self._run, kind),
+        ).fetchone()
+        return int(row[0])
+
+    def went_back(self, event: Event) -> bool:
+        """Whether an event below the last judged step shows that the trainer went back to an earlier checkpoint.
+
+        It does when the same path was judged with other content; or when it is the third in a row, each of a higher
+        step than the one before, that was seen only after that last step was judged. One or two may just be late.
+        """
+        same = "run = ? AND kind = ? AND status = 'done' AND id != ?"
+        who = (self._run, event.kind, event.id)
+        again = self._database.execute(
+            f"SELECT 1 FROM events WHERE {same} AND path = ? LIMIT 1",  # noqa: S608
+            (*who, str(event.path)),
+        ).fetchone()
+        if again is not None:
+            return True
+        highest = self._database.execute(
+            f"SELECT step, judged FROM events WHERE {same} AND set_aside = 0 ORDER BY step DESC LIMIT 1",  # noqa: S608
+            who,
+        ).fetchone()
+        last = self._database.execute(
+            f"SELECT step, first_seen FROM events WHERE {same} AND set_aside = 0 "  # noqa: S608
+            "ORDER BY judged DESC, id DESC LIMIT 2",
+            who,
+        ).fetchall()
+        if len(last) < 2 or highest[1] is None:
+            return False
+        (second, second_seen), (first, first_seen) = last
+        rising = first < second < event.step < highest[0]
+        return bool(rising and min(first_seen, second_seen, event.first_seen) > highest[1])
+
+    def evidence_before(self, event: Event) -> Iterator[dict[str, Any]]:
+        """Yield the evidence of what was judged below the event's step and is not set aside, in that order."""
+        rows = self._database.execute(
+            "SELECT evidence FROM events WHERE run = ? AND status = 'done' AND set_aside = 0 AND step < ? "
+            "AND evidence IS NOT NULL ORDER BY judged, id",
+            (self._run, event.step),
+        )
+        yield from (json.loads(text) for (text,) in rows)
 
     def recover(self) -> int:
         """Make events that a crash left in processing ready again; return how many."""
@@ -189,10 +295,22 @@ class Ledger:
         """Mark the event as failed, expired or skipped, and why."""
         self._move(event, status, error=error)
 
-    def finish(self, event: Event, profile: Mapping[str, Any], states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Mark the event as done, with its profile and the states after it, in one transaction."""
+    def finish(
+        self, event: Event, outcome: Outcome, states: Mapping[str, Mapping[str, Any]], *, undone: bool = False
+    ) -> None:
+        """Mark the event as done, with what was found and decided and the states after it, in one transaction.
+
+        ``undone`` says that the trainer went back to before the event's step: what was judged of this kind at that
+        step and later is set aside.
+        """
+        texts = {name: json.dumps(document) for name, document in dataclasses.asdict(outcome).items()}
         with self._transaction():
-            self._move(event, "done", error="", profile=json.dumps(profile))
+            if undone:
+                self._database.execute(
+                    "UPDATE events SET set_aside = 1 WHERE run = ? AND kind = ? AND status = 'done' AND step >= ?",
+                    (self._run, event.kind, event.step),
+                )
+            self._move(event, "done", error="", judged=self._clock(), **texts)
             for name, document in states.items():
                 self._store(name, document)
 
@@ -213,6 +331,12 @@ class Ledger:
             "SELECT document FROM state WHERE run = ? AND name = ?", (self._run, name)
         ).fetchone()
         return json.loads(row[0]) if row else None
+
+    def store(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Store documents by name, in one transaction."""
+        with self._transaction():
+            for name, document in states.items():
+                self._store(name, document)
 
     def forget(self, *names: str) -> None:
         """Remove stored documents."""
@@ -240,9 +364,20 @@ class Ledger:
         self._database.execute("COMMIT")
 
 
+def _migrate(database: sqlite3.Connection) -> None:
+    """Make the tables, or bring those of an earlier version up to this one."""
+    version = database.execute("PRAGMA user_version").fetchone()[0]
+    for step in range(version or _VERSION, _VERSION):
+        for statement in _MIGRATIONS[step]:
+            with contextlib.suppress(sqlite3.OperationalError):  # the column is there: a crash came between the two
+                database.execute(statement)
+    database.executescript(_SCHEMA)
+    database.execute(f"PRAGMA user_version = {_VERSION}")
+
+
 def _event(row: tuple[Any, ...]) -> Event:
     values = dict(zip(_COLUMNS.split(", "), row, strict=True))
-    return Event(**values | {"path": Path(values["path"])})
+    return Event(**values | {"path": as_path(values["path"])})
 
 
 @contextlib.contextmanager
@@ -262,18 +397,18 @@ def open_ledger(path: Path, run: str, *, clock: Callable[[], float] = time.time)
         raise ConfigError(
             f"cannot make the state folder {folder} ({error.strerror}); name another with --state-dir"
         ) from error
-    kind = filesystem_of(folder)
-    if kind in REMOTE:
+    if is_remote(folder):
+        kind = filesystem_of(folder)
         raise ConfigError(f"the state folder {folder} is on {kind}, where SQLite is not safe; name a local --state-dir")
     with _single_writer(path):
         try:
             database = sqlite3.connect(path, timeout=30, isolation_level=None)
             version = database.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, _VERSION):
+            if version > _VERSION:
                 raise ConfigError(f"{path} has version {version}, this rksp writes {_VERSION}; use another --state-dir")
             database.execute("PRAGMA journal_mode = WAL")
-            database.execute(f"PRAGMA user_version = {_VERSION}")
             ledger = Ledger(database, run, clock)
+            ledger.check_there(path)
         except sqlite3.Error as error:
             raise ConfigError(f"{path} cannot be used as a ledger ({error}); move it away or fix its folder") from error
         try:
@@ -309,19 +444,3 @@ def _single_writer(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             owner.unlink()
         lock.release()
-
-
-REMOTE = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "lustre", "gpfs", "ceph", "afs", "beegfs", "fuse.sshfs"}
-)
-
-
-def filesystem_of(folder: Path) -> str:
-    """Return the type of the file system that holds the folder, as Linux names it; "" where that is unknown."""
-    try:
-        lines = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    real = folder.resolve()
-    mounts = {Path(fields[1].replace("\\040", " ")): fields[2] for line in lines if len(fields := line.split()) > 2}
-    return next((mounts[parent] for parent in (real, *real.parents) if parent in mounts), "")

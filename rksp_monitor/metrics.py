@@ -117,7 +117,12 @@ METRICS: tuple[Definition, ...] = (
     _gauge(
         "rksp_drift_sigmas",
         "Smallest near-unit mass minus its trailing average, in trailing standard deviations.",
-        lambda _, drift: drift.sigmas.get("near_unit_mass_min"),
+        lambda _, drift: drift.sigmas_from_trailing.get("near_unit_mass_min"),
+    ),
+    _gauge(
+        "rksp_wasserstein_drift",
+        "Wasserstein distance of the eigenvalues' moduli from those of the run's first profile, maximum over layers.",
+        lambda _, drift: drift.moved("wasserstein_max", "baseline"),
     ),
     _gauge("rksp_divergence_probability_ratio", "Calibrated probability of divergence; absent until there is one."),
     _gauge("rksp_risk_level", "Level of the policy: 0 ok, 1 elevated, 2 high, 3 critical."),
@@ -127,6 +132,10 @@ METRICS: tuple[Definition, ...] = (
     _gauge(
         "rksp_control_applied_generation", "Generation that the trainer acknowledged as active; 0 before the first."
     ),
+    _gauge("rksp_control_acknowledgement_overdue", "1 while an order waits too long for the trainer's answer, else 0."),
+    _gauge("rksp_control_held", "1 while a person holds the policy back or ordered something else, else 0."),
+    _gauge("rksp_run_suspended", "1 while the run cannot be watched and is tried again, for the reason in the log."),
+    _gauge("rksp_run_last_scan_timestamp_seconds", "Time at which the run's folder was last looked through."),
     _gauge("rksp_checkpoint_last_processed_step", "Training step of the newest event that was judged."),
     _gauge("rksp_checkpoint_last_processed_timestamp_seconds", "Time at which an event was last judged."),
     _gauge("rksp_checkpoint_last_seen_timestamp_seconds", "Time at which a new event was last seen."),
@@ -137,6 +146,9 @@ METRICS: tuple[Definition, ...] = (
     _counter("rksp_checkpoints_expired_total", "Checkpoints and profile files that vanished before they were read."),
     Definition("rksp_replay_duration_seconds", "histogram", "Time to replay the probe through one checkpoint."),
     _counter("rksp_replay_worker_restarts_total", "Replay workers started again after a crash or a time limit."),
+    _counter("rksp_notifications_sent_total", "Events of the run that a webhook or a hook accepted."),
+    _counter("rksp_notifications_failed_total", "Events of the run that a webhook or a hook did not accept."),
+    _counter("rksp_notifications_dropped_total", "Events of the run given up before a webhook or a hook was asked."),
     _layer("rksp_layer_near_unit_mass_ratio", "Near-unit mass of one layer.", "near_unit_mass"),
     _layer("rksp_layer_spectral_radius", "Spectral radius of one layer.", "spectral_radius"),
     _layer("rksp_layer_kreiss_constant", "Kreiss constant of one layer at the reference radius.", "kreiss_constant"),

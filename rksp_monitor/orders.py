@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rksp_core.control import ControlWriter
-from rksp_core.orders import Acknowledgement, Desired, Levers
+from rksp_core.orders import Acknowledgement, Desired, Levers, seconds
 from rksp_core.policy import Decision, PolicyState
 from rksp_monitor.ledger import Ledger
 
@@ -18,10 +18,11 @@ class Orders:
     """Orders of one run.
 
     An order is stored in the ledger, in the transaction of the event that led to it, before it is written; so a crash
-    between the two repeats the same order with the same generation, and never gives a generation twice.
+    between the two repeats the same order with the same generation, and never gives a generation twice. Without a
+    ``control`` folder there is no trainer to tell anything.
     """
 
-    def __init__(self, run: str, ledger: Ledger, control: ControlWriter) -> None:
+    def __init__(self, run: str, ledger: Ledger, control: ControlWriter | None) -> None:
         self._run, self._ledger, self._control = run, ledger, control
 
     @property
@@ -32,7 +33,7 @@ class Orders:
 
     def prepare(self, decision: Decision, expires_in: float | None) -> Mapping[str, Mapping[str, Any]]:
         """Return the documents to store in the ledger for a decision: the next order, or nothing."""
-        if decision.order is None:
+        if decision.order is None or self._control is None:
             return {}
         last = self.last
         levers = decision.order
@@ -56,7 +57,7 @@ class Orders:
             When the control folder cannot be written.
         """
         last = self.last
-        if last is not None and self._control.desired_generation() < last.generation:
+        if last is not None and self._control is not None and self._control.desired_generation() < last.generation:
             self._control.write(last)
 
     def reconcile(self, state: PolicyState) -> PolicyState:
@@ -68,4 +69,17 @@ class Orders:
 
     def answer(self) -> Acknowledgement | None:
         """Return the last acknowledgement in the control folder, whoever wrote it."""
-        return self._control.applied()
+        return None if self._control is None else self._control.applied()
+
+    def overdue(self, now: float, within: float) -> Desired | None:
+        """Return the order that the trainer should have answered by now, if there is one.
+
+        One that has run out asks for nothing any more. A trainer of another name does not answer for this one.
+        """
+        last, answer = self.last, self.answer()
+        if last is None or now - seconds(last.issued_at) <= within:
+            return None
+        if last.expires_at is not None and now > seconds(last.expires_at):
+            return None
+        answered = answer is not None and answer.run_id == self._run and answer.generation >= last.generation
+        return None if answered else last

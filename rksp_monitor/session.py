@@ -1,4 +1,4 @@
-"""One process of ``rksp watch``: puts ledger, worker, endpoint and daemon together, and listens to signals."""
+"""One process of ``rksp watch``: puts workers, endpoint, announcer and the threads of the runs together."""
 
 from __future__ import annotations
 
@@ -7,45 +7,44 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from rksp_core.control import ControlWriter
 from rksp_core.errors import ConfigError, RkspError
 from rksp_core.policy import LEVELS
-from rksp_monitor.config import WatchSettings
-from rksp_monitor.daemon import Daemon
-from rksp_monitor.discovery import Scanner
+from rksp_monitor.announce import Announcer
+from rksp_monitor.config import RunEntry, WatchSettings
+from rksp_monitor.discovery import FileEvents
 from rksp_monitor.endpoint import serve
-from rksp_monitor.ledger import open_ledger
 from rksp_monitor.log import make_logger
 from rksp_monitor.metrics import Board, registry_of
 from rksp_monitor.output_file import require_writable, write_output
-from rksp_monitor.replay import ReplayWorker
-from rksp_monitor.run import CONFIG, Run, describe_run
-from rksp_monitor.subject import SubjectSettings
+from rksp_monitor.replay import ReplayPool
+from rksp_monitor.roster import Roster, is_pattern
+from rksp_monitor.run_thread import RunThread, Task
 from rksp_monitor.supervisor import Notifier, signals
+from rksp_monitor.watcher import Surroundings
 
 Read = Callable[[], WatchSettings]
 
 PASS, RISK, INCONCLUSIVE = 0, 1, 3
-SILENCE_LIMIT = 60.0  # seconds without a sign of life from the work loop before /healthz says so
+SILENCE_LIMIT = 60.0  # seconds without a sign of life from every run before /healthz says so
+BEAT_SECONDS = 1.0  # between two looks at the runs
+PARTING_SECONDS = 10.0  # that a run gets to end; one that hangs in a system call never does
 
-# Settings that the endpoint, the ledger, the worker or the scan were built from.
+# Settings that the endpoint, the workers, the scans or the announcer were built from.
 FIXED = (
-    "model",
-    "arguments",
-    "probe",
-    "seed",
-    "device",
-    "run_id",
     "poll_interval",
     "hints",
     "listen",
+    "web_config",
     "per_layer_metrics",
     "state_dir",
-    "control",
+    "workers",
+    "webhooks",
+    "hooks",
 )
 
 
@@ -54,8 +53,6 @@ class Session:
 
     Parameters
     ----------
-    folder
-        The run folder; it may appear later.
     settings
         As `rksp_monitor.config.read_settings` returned them.
     serve
@@ -66,13 +63,15 @@ class Session:
         Reads the settings again, on SIGHUP.
     """
 
-    def __init__(
-        self, folder: Path, settings: WatchSettings, *, serve: bool, port_file: Path | None, read: Read
-    ) -> None:
-        self.folder, self.settings = folder, settings
+    def __init__(self, settings: WatchSettings, *, serve: bool, port_file: Path | None, read: Read) -> None:
+        if not settings.runs:
+            raise ConfigError("there is no run to watch; give a RUN_FOLDER, or `runs:` in the --config file")
+        self.settings = settings
         self._serve, self._port_file, self._read = serve, port_file, read
         self._stop, self._wake, self._hangup = threading.Event(), threading.Event(), threading.Event()
-        self._daemon: Daemon | None = None
+        self._runs: dict[str, RunThread] = {}
+        self._leaving: list[RunThread] = []
+        self._names: set[str] = set()
         self._ended_by = ""
         self._heartbeat = time.monotonic()
         self._log, self._notifier = make_logger(), Notifier()
@@ -91,12 +90,13 @@ class Session:
         Raises
         ------
         RkspError
-            When the run cannot be watched: no folder, another watcher, a model that cannot be built.
+            When the only run cannot be watched: no folder, another watcher, a model that cannot be built.
         """
-        if once and not self.folder.is_dir():
-            raise ConfigError(f"there is no run folder {self.folder}")
         if self._port_file is not None:
             require_writable(self._port_file)
+        entries = self.settings.runs
+        fail_fast = len(entries) == 1 and not is_pattern(entries[0].folder)
+        task = Task(once=once, until_step=until_step, new_baseline=new_baseline, fail_fast=fail_fast)
         with contextlib.ExitStack() as stack:
             handlers = {
                 signal.SIGTERM: self._end("SIGTERM"),
@@ -109,146 +109,182 @@ class Session:
                 timer.daemon = True
                 timer.start()
                 stack.callback(timer.cancel)
+            announcer = Announcer(self.settings.webhooks, self.settings.hooks, self._log, count=self._count)
+            stack.callback(announcer.close)
             if self._serve:
                 self._open_endpoint(stack)
+            self._roster = Roster(self.settings, self._wake.set)
+            stack.callback(self._close_roster)
+            self._pool = stack.enter_context(contextlib.closing(self._make_pool()))
+            self._around = Surroundings(
+                log=self._log,
+                board=self._board,
+                announce=announcer.announce,
+                file_events=stack.enter_context(FileEvents(self._say_no_events)) if self.settings.hints else None,
+                poll_interval=self.settings.poll_interval,
+            )
+            stack.callback(self._part)
             self._notifier.send("READY=1")
             stack.callback(self._notifier.send, "STOPPING=1")
-            if not once and not self._await_run():
-                return INCONCLUSIVE if self._ended_by == "timeout" else PASS
-            return self._watch(stack, once=once, until_step=until_step, new_baseline=new_baseline)
+            self._supervise(task)
+            self._part()
+            return self._exit_code(task)
 
-    def _watch(self, stack: contextlib.ExitStack, *, once: bool, until_step: int | None, new_baseline: bool) -> int:
-        settings, run = self.settings, describe_run(self.folder, self.settings)
-        ledger = stack.enter_context(open_ledger(run.ledger, run.name))
-        if new_baseline:
-            ledger.forget("drift/checkpoint", "drift/profile", "policy")
-        self._board.add_run(run.name, {})
-        info = self._describe(run)
-        self._log.info("watching", run=run.name, folder=str(run.folder), ledger=str(run.ledger), **info)
-        self._daemon = Daemon(
-            run.folder,
-            run.name,
-            settings,
-            ledger=ledger,
-            board=self._board,
-            log=self._log.bind(run=run.name),
-            replayer=self._worker(run, stack),
-            control=ControlWriter(run.control, mode=int(settings.control.mode, 8)),
-            stop=self._stop,
-            wake=self._wake,
-            tick=self._tick,
-            reload=lambda: self._reload(run),
-            subject="none" if run.model is None else self._subject(run, run.model).identity,
+    # -- the work loop
+
+    def _supervise(self, task: Task) -> None:
+        """Keep a thread for each run until all is done or the end is asked for."""
+        while not self._stop.is_set():
+            self._wake.clear()
+            self._take_new_settings()
+            self._adopt(task)
+            if (task.once or task.until_step is not None) and not any(run.alive for run in self._runs.values()):
+                return
+            failed = [run.error for run in self._runs.values() if not run.alive and run.error is not None]
+            if task.fail_fast and failed:
+                return
+            self._beat()
+            self._wake.wait(min(BEAT_SECONDS, BEAT_SECONDS))
+
+    def _adopt(self, task: Task) -> None:
+        """Start the runs that are new, end those that are gone or were given other settings."""
+        wanted = self._roster.runs
+        for key, run in list(self._runs.items()):
+            if key not in wanted or wanted[key][1] != run.settings:
+                run.end()
+                self._leaving.append(self._runs.pop(key))
+        for run in [run for run in self._leaving if run.join(0.0)]:
+            self._leaving.remove(run)
+            if run.name is not None and str(run.folder) not in wanted:
+                self._log.info("no longer watched", run=run.name, folder=str(run.folder))
+                self._around.announce("run_removed", run.name, {"folder": str(run.folder)})
+            run.forget()
+        leaving = {str(run.folder) for run in self._leaving}
+        for key, (folder, entry) in wanted.items():
+            if key not in self._runs and key not in leaving:
+                self._start(key, folder, entry, task)
+
+    def _start(self, key: str, folder: Path, entry: RunEntry, task: Task) -> None:
+        self._runs[key] = RunThread(
+            folder,
+            entry,
+            task,
+            state_dir=self.settings.state_dir,
+            pool=self._pool,
+            around=self._around,
+            names=self._names,
+            done=self._wake.set,
         )
-        outcome = self._daemon.run(once=once, until_step=until_step)
-        ended_by = self._ended_by or outcome.ended_by
-        self._log.info("stopped", by=ended_by, judged=outcome.judged, worst_risk=LEVELS[outcome.level])
+        self._runs[key].start()
+
+    def _beat(self) -> None:
+        """Give a sign of life, as long as a run gives one: when all of them hang, a restart may help."""
+        runs = list(self._runs.values())
+        self._heartbeat = max((run.heartbeat for run in runs if run.alive), default=time.monotonic())
+        if self._lives():
+            self._notifier.send("WATCHDOG=1")
+        worst = max(runs, key=lambda run: run.level, default=None)
+        if len(runs) == 1:
+            self._notifier.status(runs[0].status)
+        elif worst is not None:
+            self._notifier.status(f"{len(runs)} runs; {worst.name}: {worst.status}")
+
+    def _lives(self) -> bool:
+        return time.monotonic() - self._heartbeat < max(SILENCE_LIMIT, 3 * self.settings.poll_interval)
+
+    def _part(self) -> None:
+        """End every run, all at once."""
+        for run in self._runs.values():
+            run.end()
+        end = time.monotonic() + PARTING_SECONDS
+        for run in (*self._runs.values(), *self._leaving):
+            if not run.join(max(0.0, end - time.monotonic())):
+                self._log.warning(
+                    "left behind", folder=str(run.folder), problem="it does not answer; is it on a mount?"
+                )
+
+    def _exit_code(self, task: Task) -> int:
+        runs = list(self._runs.values())
+        ended_by = self._ended_by or next((run.result.ended_by for run in runs if run.result is not None), "")
+        level = max((run.level for run in runs), default=0)
+        judged = sum(run.judged for run in runs)
+        self._log.info("stopped", by=ended_by, judged=judged, worst_risk=LEVELS[level])
+        errors = [run.error for run in runs if run.error is not None and run.result is None]
+        if errors and (task.once or task.fail_fast) and ended_by not in ("SIGTERM", "SIGINT"):
+            raise errors[0]
         fail_on = self.settings.fail_on
-        if fail_on != "never" and outcome.level >= LEVELS.index(fail_on):
+        if fail_on != "never" and level >= LEVELS.index(fail_on):
             return RISK
-        nothing = ledger.counts()["done"] == 0
-        unreached = ended_by == "timeout" and (nothing or until_step is not None)
-        return INCONCLUSIVE if unreached or (once and nothing) else PASS
+        nothing = any(not run.judged_ever for run in runs)
+        unreached = ended_by == "timeout" and (nothing or task.until_step is not None)
+        return INCONCLUSIVE if unreached or (task.once and nothing) else PASS
 
-    def _subject(self, run: Run, model: str) -> SubjectSettings:
-        settings, replay = self.settings, self.settings.replay
-        return SubjectSettings(
-            model=model,
-            arguments=settings.arguments,
-            probe=None if run.probe is None else str(run.probe),
-            seed=settings.seed,
-            device=settings.device,
-            samples=replay.samples,
-            sequences=replay.sequences,
-            length=replay.length,
-        )
+    # -- what the runs share
 
-    def _worker(self, run: Run, stack: contextlib.ExitStack) -> ReplayWorker | None:
-        """Return what replays checkpoints; it starts its process when the first one comes."""
-        if run.model is None:
-            return None
-        subject, replay = self._subject(run, run.model), self.settings.replay
-        worker = ReplayWorker(
-            subject,
-            timeout=replay.timeout,
-            niceness=replay.niceness,
-            threads=replay.threads,
-            stop=self._stop,
-            started=lambda described: self._log.info("replay worker is ready", **described),
-        )
-        stack.callback(worker.close)
-        return worker
+    def _make_pool(self) -> ReplayPool:
+        def report(what: str, about: Mapping[str, Any]) -> None:
+            log = self._log.warning if what == "ended" else self._log.info
+            log(
+                {"started": "replay worker started", "built": "model is built", "ended": "replay worker ended"}[what],
+                **about,
+            )
+
+        return ReplayPool(self.settings.workers, stop=self._stop, report=report)
 
     def _open_endpoint(self, stack: contextlib.ExitStack) -> None:
-        silence = max(SILENCE_LIMIT, 3 * self.settings.poll_interval)
-
-        def healthy() -> bool:
-            return time.monotonic() - self._heartbeat < silence
-
         address = stack.enter_context(
-            serve(self.settings.listen, registry_of(self._board), healthy=healthy, ready=lambda: True)
+            serve(
+                self.settings.listen,
+                registry_of(self._board),
+                healthy=self._lives,
+                ready=lambda: bool(self._runs),
+                web_config=self.settings.web_config,
+                warn=lambda text: self._log.warning("endpoint", problem=text),
+            )
         )
         self._log.info("serving", address=address)
         if self._port_file is not None:
             write_output(self._port_file, address + "\n")
 
-    def _await_run(self) -> bool:
-        """Wait until the trainer filled its folder: the run's name and model are read from it.
+    def _say_no_events(self, sentence: str) -> None:
+        self._log.info("no file events", problem=sentence)
 
-        A folder without its configuration is one that the trainer has just made.
-        """
-        if not self.folder.is_dir():
-            self._log.info("waiting for the run folder", folder=str(self.folder))
-        scanner = Scanner(self.folder)
-        while not self._stop.is_set():
-            self._tick()
-            self._wake.clear()
-            told = self.settings.run_id is not None and self.settings.model is not None
-            known = told or (self.folder / CONFIG).is_file() or scanner.scan()
-            if known and self.folder.is_dir():
-                return True
-            self._wake.wait(min(1.0, self.settings.poll_interval))
-        return False
+    def _close_roster(self) -> None:
+        self._roster.close()  # the one that the last reload made
+
+    def _count(self, run: str, name: str) -> None:
+        with contextlib.suppress(KeyError):  # the run is gone
+            self._board.count(run, name)
+
+    # -- reload and end
 
     def _ask_for_reload(self) -> None:
         self._hangup.set()
         self._wake.set()
 
-    def _describe(self, run: Run) -> dict[str, str]:
-        """Export what the info metric says of the run, and return it."""
-        info = {
-            "model": run.model or "",
-            "probe": str(run.probe or "random tokens"),
-            "mode": "enforce" if self.settings.enforce else "observe",
-        }
-        self._board.describe_run(run.name, info)
-        return info
-
-    def _reload(self, run: Run) -> WatchSettings | None:
-        """Return the settings read again after a SIGHUP, or None; a bad file changes nothing."""
+    def _take_new_settings(self) -> None:
+        """Read the settings again after a SIGHUP; a bad file changes nothing. Runs that changed start again."""
         if not self._hangup.is_set():
-            return None
+            return
         self._hangup.clear()
         self._notifier.send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             fresh = self._read()
+            fixed = [name for name in FIXED if getattr(fresh, name) != getattr(self.settings, name)]
+            if fixed:
+                self._log.warning("these settings take effect at the next start", settings=fixed)
+                fresh = fresh.model_copy(update={name: getattr(self.settings, name) for name in fixed})
+            if not fresh.runs:
+                raise ConfigError("there is no run left to watch")
+            roster = Roster(fresh, self._wake.set)
         except RkspError as error:
             self._log.error("settings not reloaded", problem=str(error))
-            return None
+            return
         finally:
             self._notifier.send("READY=1")
-        fixed = [name for name in FIXED if getattr(fresh, name) != getattr(self.settings, name)]
-        if fixed:
-            self._log.warning("these settings take effect at the next start", settings=fixed)
-            fresh = fresh.model_copy(update={name: getattr(self.settings, name) for name in fixed})
-        self.settings = fresh
-        self._log.info("settings reloaded", mode=self._describe(run)["mode"])
-        return fresh
-
-    def _tick(self) -> None:
-        self._heartbeat = time.monotonic()
-        self._notifier.send("WATCHDOG=1")
-        self._notifier.status(self._daemon.status if self._daemon else "waiting for the run folder")
+        self._roster.close()
+        self.settings, self._roster = fresh, roster
+        self._log.info("settings reloaded", runs=len(roster.runs))
 
     def _end(self, why: str) -> Callable[[], None]:
         def end() -> None:

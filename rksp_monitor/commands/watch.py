@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from rksp_monitor.config import WatchSettings
 
 FailOn = Literal["never", "elevated", "high", "critical"]
 
 
 def watch(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="The folder of one run.")],
+    run_folders: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN_FOLDER]...", help="Folders of runs, or their URLs; more under `runs:`."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML settings; see `rksp config init`.")] = None,
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="What weights are loaded into; default: the run's config.yaml.")
@@ -45,9 +51,16 @@ def watch(
     new_baseline: Annotated[
         bool, typer.Option("--new-baseline", help="Forget baseline, trailing average and risk level first.")
     ] = False,
+    trust_pickle: Annotated[
+        bool | None,
+        typer.Option("--trust-pickle", help="Read formats that are pickles: such a checkpoint can run any code."),
+    ] = None,
+    web_config: Annotated[
+        Path | None, typer.Option(help="TLS and basic auth of the endpoint: Prometheus' web.config.file.")
+    ] = None,
     fail_on: Annotated[FailOn | None, typer.Option(help="Exit 1 when the risk reached this level.")] = None,
 ) -> int:
-    """Watch one training run: judge its checkpoints and profiles, export metrics, and signal it when told to."""
+    """Watch training runs: judge their checkpoints and profiles, export metrics, and signal them when told to."""
     from rksp_monitor.config import read_settings
     from rksp_monitor.session import Session
 
@@ -61,13 +74,12 @@ def watch(
         "device": device,
         "state_dir": state_dir,
         "fail_on": fail_on,
+        "trust_pickle": trust_pickle,
+        "web_config": web_config,
     }
-    settings = read_settings(config, flags)
-    session = Session(
-        run_folder,
-        settings,
-        serve=not once or listen is not None,
-        port_file=port_file,
-        read=lambda: read_settings(config, flags),
-    )
+
+    def read() -> WatchSettings:
+        return read_settings(config, flags, run_folders or ())
+
+    session = Session(read(), serve=not once or listen is not None, port_file=port_file, read=read)
     return session.run(once=once, until_step=until_step, timeout=timeout, new_baseline=new_baseline)

@@ -11,7 +11,7 @@ import pytest
 from rksp_core.errors import ConfigError
 from rksp_core.orders import Levers
 from rksp_monitor.cli import run
-from rksp_monitor.config import WatchSettings, read_settings
+from rksp_monitor.config import Every, RunSettings, WatchSettings, read_settings
 from rksp_monitor.run import describe_run
 
 
@@ -28,8 +28,8 @@ def test_the_written_file_states_every_setting_at_its_default(tmp_path: Path):
     assert run(["config", "init", str(path)]) == 0
     assert read_settings(path) == read_settings()
     document = yaml.safe_load(path.read_text())
-    assert list(document) == list(WatchSettings.model_fields)
-    for section in ("replay", "control"):
+    assert set(document) == set(WatchSettings.model_fields)
+    for section in ("replay", "control", "workers"):
         assert set(document[section]) == set(type(getattr(read_settings(), section)).model_fields)
     assert "ADVISORY" in path.read_text()
 
@@ -70,6 +70,28 @@ policy:
     assert policy.clear_after == 5
 
 
+def test_an_entry_of_runs_takes_what_it_leaves_out_from_the_top_level(tmp_path: Path):
+    text = """
+seed: 3
+replay: {samples: 64, timeout: 9}
+policy: {raise_after: 2}
+runs:
+  - {folder: a, replay: {timeout: 5}, backlog: {every: 500}}
+  - {folder: b, policy: {clear_after: 9}, enforce: true}
+"""
+    settings = read_settings(written(tmp_path, text), {"enforce": False}, ["c"])
+    a, b, c = settings.runs
+    assert (a.folder, a.seed, a.replay.samples, a.replay.timeout, a.backlog) == ("a", 3, 64, 5, Every(every=500))
+    assert (b.policy.raise_after, b.policy.clear_after) == (2, 9)
+    assert b.enforce is False, "a flag wins over every entry"
+    assert (c.folder, c.replay.timeout, c.backlog) == ("c", 9, "all")
+
+
+def test_one_name_for_several_runs_is_refused():
+    with pytest.raises(ConfigError, match="cannot name several runs"):
+        read_settings(None, {"run_id": "x"}, ["a", "b"])
+
+
 MISTAKES = {
     "polcy: {}": "unknown key 'polcy'; did you mean 'policy'",
     "replay: {timout: 3}": "unknown key 'replay.timout'; did you mean 'replay.timeout'",
@@ -86,6 +108,13 @@ MISTAKES = {
     "fail_on: low": "fail_on: ",
     "listen: nowhere": "an address is host:port",
     "control: {mode: rw}": "control.mode: ",
+    "runs: [{folder: a, backlogg: all}]": "unknown key 'runs.0.backlogg'; did you mean 'runs.0.backlog'",
+    "runs: [{folder: a, backlog: {every: 0}}]": "runs.0.backlog",
+    "runs: [a]": "an entry of runs is {folder: ...}",
+    "runs: a": "runs must be a list",
+    "runs: [{run_id: a}]": "runs.0.folder",
+    "webhooks: [{url: 'ftp://x'}]": "webhooks.0.url",
+    "workers: {nicenes: 1}": "did you mean 'workers.niceness'",
     "[1, 2]": "must hold a mapping of settings",
     "a: [": "is no YAML in line",
 }
@@ -107,7 +136,7 @@ def test_a_trainers_configuration_that_may_not_be_read_is_no_guess(tmp_path: Pat
 
     monkeypatch.setattr(Path, "read_text", refused)
     with pytest.raises(ConfigError, match=r"config\.yaml cannot be read \(Permission denied\)"):
-        describe_run(tmp_path, WatchSettings())
+        describe_run(tmp_path, RunSettings())
 
 
 @pytest.mark.parametrize(

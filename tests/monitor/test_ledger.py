@@ -14,7 +14,7 @@ import pytest
 
 from rksp_core.errors import ConfigError
 from rksp_monitor.discovery import Sighting
-from rksp_monitor.ledger import Ledger, filesystem_of, open_ledger
+from rksp_monitor.ledger import Ledger, Outcome, open_ledger
 
 
 class Clock:
@@ -51,7 +51,7 @@ def test_an_event_goes_from_seen_to_done(ledger: Ledger):
     assert event is not None
     ledger.claim(event)
     assert ledger.next_ready() is None
-    ledger.finish(event, {"a": 1}, {"policy": {"level": 2}})
+    ledger.finish(event, Outcome({"a": 1}, {}, {}), {"policy": {"level": 2}})
     assert ledger.counts()["done"] == 1
     assert ledger.load("policy") == {"level": 2}
     assert not ledger.record(sighting(1, "final"))
@@ -110,7 +110,7 @@ def test_an_outcome_and_its_states_are_written_together_or_not_at_all(ledger: Le
     ledger.record(sighting(1))
     event = ledger.next_ready()
     with pytest.raises(TypeError):
-        ledger.finish(event, {}, {"policy": {"level": 1}, "order": {"generation": object()}})
+        ledger.finish(event, Outcome({}, {}, {}), {"policy": {"level": 1}, "order": {"generation": object()}})
     assert ledger.load("policy") is None
     assert ledger.counts()["done"] == 0
 
@@ -126,7 +126,7 @@ def test_runs_in_one_file_do_not_mix(tmp_path: Path):
 
 def test_states_can_be_forgotten(ledger: Ledger):
     ledger.record(sighting(1))
-    ledger.finish(ledger.next_ready(), {}, {"policy": {}, "order": {"generation": 3}})
+    ledger.finish(ledger.next_ready(), Outcome({}, {}, {}), {"policy": {}, "order": {"generation": 3}})
     ledger.forget("policy")
     assert ledger.load("policy") is None
     assert ledger.load("order") == {"generation": 3}
@@ -197,10 +197,7 @@ def test_a_state_folder_that_refuses_the_owners_name_is_no_traceback(tmp_path: P
 
 
 def test_a_remote_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rksp_monitor.filesystem.filesystem_of", lambda _: "nfs4")
     monkeypatch.setattr("rksp_monitor.ledger.filesystem_of", lambda _: "nfs4")
     with pytest.raises(ConfigError, match="is on nfs4"), open_ledger(tmp_path / "run.sqlite3", "run"):
         pass
-
-
-def test_the_file_system_of_proc_is_known():
-    assert filesystem_of(Path("/proc")) == "proc"

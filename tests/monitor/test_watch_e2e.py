@@ -229,7 +229,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(run: Path, start):
 def test_sigterm_gives_a_replay_up_and_a_second_one_changes_nothing(run: Path, start):
     tiny_model.save_folder(run, 100, code=7.0)
     watcher = start(*MODEL)
-    until(lambda: watcher.logged("replay worker is ready"))
+    until(lambda: watcher.logged("model is built"))
     watcher.process.send_signal(signal.SIGTERM)
     assert watcher.end() == 0
     assert rows(run) == {100: ("ready", 0)}
@@ -298,10 +298,10 @@ def test_sighup_reloads_the_settings_and_refuses_bad_ones(run: Path, start):
     watcher.process.send_signal(signal.SIGHUP)
     until(lambda: watcher.logged("settings not reloaded"))
     assert "did you mean 'policy.raise_after'" in watcher.logged("settings not reloaded")[0]["problem"]
-    settings.write_text("policy: {raise_after: 1}\nseed: 5")
+    settings.write_text("policy: {raise_after: 1}\nhints: false")
     watcher.process.send_signal(signal.SIGHUP)
     until(lambda: watcher.logged("settings reloaded"))
-    assert watcher.logged("these settings take effect at the next start")[0]["settings"] == ["seed"]
+    assert watcher.logged("these settings take effect at the next start")[0]["settings"] == ["hints"]
     ProfileWriter(run, every=10).write(profile(**ALARM), 110)
     until(lambda: watcher.metric("rksp_risk_level") == 2)
     assert watcher.end() == 0

@@ -1,11 +1,10 @@
-"""The daemon's decisions about events, in one process with a fake worker and a clock that the test moves."""
+"""The watcher's decisions about the events of one run, with a fake worker and a clock that the test moves."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import sqlite3
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +15,25 @@ import structlog
 
 from rksp_core import ProfileWriter
 from rksp_core.control import ControlListener, ControlWriter
-from rksp_core.errors import CheckpointError, CorruptCheckpoint, ExpiredCheckpoint, ModelError
+from rksp_core.errors import (
+    CheckpointError,
+    ConfigError,
+    CorruptCheckpoint,
+    ExpiredCheckpoint,
+    ModelError,
+    UnsupportedCheckpoint,
+)
 from rksp_core.limits import Limits
-from rksp_core.orders import KSSSettings, Reason
-from rksp_core.profile import ModelProfile
-from rksp_monitor.config import WatchSettings
-from rksp_monitor.daemon import Abandoned, Daemon, Outcome
+from rksp_core.orders import KSSSettings, Levers, Reason
+from rksp_core.policy import Evidence, Hold, replay_decisions
+from rksp_monitor.config import RunSettings
+from rksp_monitor.history import Selection, read_history
+from rksp_monitor.hold import hold_file, remove_hold, write_hold
 from rksp_monitor.ledger import open_ledger
 from rksp_monitor.metrics import Board
+from rksp_monitor.replay import Abandoned, Replayed
+from rksp_monitor.run import Run
+from rksp_monitor.watcher import Ending, RunWatcher, Surroundings, Watched
 from tests.core.profiles import profile
 from tests.monitor import tiny_model
 
@@ -36,10 +46,11 @@ class FakeReplayer:
     restarts = 0
 
     def __init__(self, script: dict[int, Any]) -> None:
-        self.script, self.seen = script, []
+        self.script, self.seen, self.noise = script, [], []
 
-    def replay(self, path: Path, *, tick: Callable[[], None]) -> ModelProfile:
+    def replay(self, path: Path, *, noise: bool, tick: Callable[[], None]) -> Replayed:
         tick()
+        self.noise.append(noise)
         step = int(path.name[5:])
         self.seen.append(step)
         answer = self.script.get(step, profile())
@@ -47,7 +58,7 @@ class FakeReplayer:
             answer = answer.pop(0)
         if isinstance(answer, type | Exception):
             raise answer
-        return answer
+        return Replayed(answer, 0.5)
 
 
 class Bench:
@@ -57,7 +68,9 @@ class Bench:
         self.folder, self.now = folder, 1_700_000_000.0
         self.writer = ProfileWriter(folder, every=10)
         self.logs: list[dict[str, Any]] = []
+        self.told: list[tuple[str, dict[str, Any]]] = []
         self.control = ControlWriter(folder / "control", clock=lambda: self.now)
+        self.described = Run("run", folder, None, None, folder / "control", folder / ".rksp" / "run.sqlite3")
 
     def run(
         self,
@@ -66,31 +79,31 @@ class Bench:
         until_step: int | None = None,
         subject: str = "",
         **settings: Any,
-    ) -> Outcome:
-        stop = threading.Event()
-        chosen = WatchSettings(**{"poll_interval": 0.05, "hints": False} | settings)
+    ) -> Watched:
         self.board = Board({})
         self.board.add_run("run", {})
         with structlog.testing.capture_logs() as logs, self.ledger() as ledger:
-            daemon = Daemon(
-                self.folder,
-                "run",
-                chosen,
+            around = Surroundings(
+                structlog.get_logger(),
+                self.board,
+                announce=lambda event, _, document: self.told.append((event, dict(document))),
+                poll_interval=0.05,
+                clock=self.clock,
+            )
+            watcher = RunWatcher(
+                self.described,
+                RunSettings(**settings),
                 ledger=ledger,
-                board=self.board,
-                log=structlog.get_logger(),
                 replayer=replayer,
                 control=self.control,
-                stop=stop,
-                wake=threading.Event(),
-                clock=self.clock,
+                around=around,
+                ending=Ending(),
                 subject=subject,
             )
             try:
-                outcome = daemon.run(once=True, until_step=until_step)
+                return watcher.watch(once=True, until_step=until_step)
             finally:
                 self.logs += logs
-        return outcome
 
     def clock(self) -> float:
         # Moves by itself, so that a back-off ends.
@@ -128,7 +141,7 @@ def desired(bench: Bench) -> dict[str, Any]:
 
 def test_a_healthy_run_is_judged_and_nothing_is_ordered(bench: Bench):
     bench.healthy(100)
-    assert bench.run(enforce=True) == Outcome(10, 0, "once")
+    assert bench.run(enforce=True) == Watched(10, 0, "once")
     assert not (bench.folder / "control").exists()
     assert bench.gauge("rksp_checkpoint_last_processed_step") == 100
     assert bench.gauge("rksp_control_desired_generation") == 0
@@ -166,7 +179,7 @@ def test_a_restart_keeps_baseline_average_level_and_generation(bench: Bench):
     bench.run(enforce=True)
     bench.healthy(100, since=60)
     bench.writer.write(profile(**ALARM), 110)
-    assert bench.run(enforce=True) == Outcome(6, 2, "once")
+    assert bench.run(enforce=True) == Watched(6, 2, "once")
     assert desired(bench)["generation"] == 1
     bench.now += 86400 * 0.6  # past half of the order's life: the next event renews it
     bench.writer.write(profile(**ALARM), 120)
@@ -261,7 +274,7 @@ def test_an_old_checkpoint_does_not_clear_what_newer_profiles_raised(bench: Benc
     bench.run()
     for step in (20, 40, 60, 80, 100):
         tiny_model.save_folder(bench.folder, step)
-    assert bench.run(FakeReplayer({})) == Outcome(5, 2, "once")
+    assert bench.run(FakeReplayer({})) == Watched(5, 2, "once")
     assert bench.gauge("rksp_risk_level") == 2
 
 
@@ -282,7 +295,7 @@ def test_a_step_that_comes_late_is_kept_and_moves_nothing(bench: Bench):
     bench.healthy(100)
     bench.run()
     bench.writer.write(profile(**ALARM), 95)
-    assert bench.run() == Outcome(1, 0, "once")
+    assert bench.run() == Watched(1, 0, "once")
     assert bench.statuses()[95] == "done"
     assert bench.gauge("rksp_checkpoint_last_processed_step") is None
 
@@ -299,12 +312,12 @@ def test_a_document_that_makes_us_stumble_fails_alone(bench: Bench):
 
 def test_profiles_are_judged_while_a_checkpoint_is_replayed(bench: Bench):
     class Slow(FakeReplayer):
-        def replay(self, path: Path, *, tick: Callable[[], None]) -> ModelProfile:
+        def replay(self, path: Path, *, noise: bool, tick: Callable[[], None]) -> Replayed:
             bench.writer.write(profile(**ALARM), 110)
             end = time.monotonic() + 10
             while not (bench.folder / "control" / "desired.json").exists() and time.monotonic() < end:
                 tick()
-            return super().replay(path, tick=tick)
+            return super().replay(path, noise=noise, tick=tick)
 
     bench.healthy(100)
     tiny_model.save_folder(bench.folder, 105)
@@ -401,3 +414,134 @@ def test_levers_beside_the_regularizer_are_ordered_and_the_answer_is_logged(benc
     (answer,) = [log for log in bench.logs if log["event"] == "answer"]
     assert (order["clip"], order["learning_rate_scale"]) == (0.5, 0.25)
     assert answer["active"] == {"kss": order["kss"], "clip": 0.5, "learning_rate_scale": 0.25}
+
+
+def test_a_backlog_of_latest_passes_over_what_is_old_already(bench: Bench):
+    for step in (100, 200, 300):
+        tiny_model.save_folder(bench.folder, step)
+    replayer = FakeReplayer({})
+    bench.run(replayer, backlog="latest")
+    assert replayer.seen == [300]
+    assert bench.statuses() == {100: "skipped", 200: "skipped", 300: "done"}
+    assert bench.counter("skipped") == 2
+    assert [log["log_level"] for log in bench.logs if log["event"] == "skipped"] == ["warning", "info"], "said once"
+
+
+def test_a_backlog_of_every_so_many_steps_judges_those_that_lie_apart(bench: Bench):
+    for step in range(100, 1100, 100):
+        tiny_model.save_folder(bench.folder, step)
+    replayer = FakeReplayer({})
+    bench.run(replayer, backlog={"every": 300})
+    assert replayer.seen == [100, 400, 700, 1000]
+    assert bench.counter("skipped") == 6
+
+
+def test_an_order_that_is_not_answered_in_time_is_an_alarm_once(bench: Bench):
+    bench.healthy(100)
+    bench.writer.write(profile(**ALARM), 110)
+    bench.run(enforce=True, control={"acknowledge_within": 60})
+    assert bench.gauge("rksp_control_acknowledgement_overdue") == 0
+    bench.now += 61
+    bench.run(enforce=True, control={"acknowledge_within": 60})
+    assert bench.gauge("rksp_control_acknowledgement_overdue") == 1
+    assert [document["generation"] for event, document in bench.told if event == "acknowledgement_overdue"] == [1]
+    trainer = ControlListener(bench.folder / "control", "run", clock=lambda: bench.now)
+    trainer.acknowledge(trainer.poll(111), 111)
+    bench.run(enforce=True, control={"acknowledge_within": 60})
+    assert bench.gauge("rksp_control_acknowledgement_overdue") == 0
+
+
+def test_a_hold_keeps_the_policy_from_ordering_and_its_release_lets_it(bench: Bench):
+    hold = hold_file(bench.described.ledger)
+    write_hold(hold, Hold(by="ann", reason="maintenance"), bench.now)
+    bench.healthy(100)
+    bench.writer.write(profile(**ALARM), 110)
+    bench.run(enforce=True)
+    assert bench.gauge("rksp_risk_level") == 2
+    assert bench.gauge("rksp_control_held") == 1
+    assert not (bench.folder / "control").exists()
+    remove_hold(hold)
+    bench.run(enforce=True)
+    assert desired(bench)["kss"]["alpha"] == 0.15
+    assert bench.gauge("rksp_control_held") == 0
+
+
+def test_what_a_person_sets_is_ordered_without_waiting_for_an_event(bench: Bench):
+    bench.healthy(20)
+    bench.run(enforce=True)
+    write_hold(hold_file(bench.described.ledger), Hold(Levers(alpha=0.3), by="ann", reason="a try"), bench.now)
+    bench.run(enforce=True)
+    bench.run(enforce=True)
+    assert (desired(bench)["generation"], desired(bench)["kss"]["alpha"]) == (1, 0.3)
+
+
+def test_every_decision_is_stored_with_its_evidence_and_can_be_made_again(bench: Bench):
+    bench.healthy(100)
+    bench.writer.write(profile(**ALARM), 110)
+    bench.healthy(200, since=60)  # the trainer went back
+    bench.run()
+    bench.writer.write(profile(**ALARM), 210)
+    bench.run(enforce=True)
+    rows = list(read_history(bench.described.ledger).rows(Selection(set_aside=True)))
+    evidences = [Evidence.from_dict(row.evidence) for row in rows]
+    again = replay_decisions(evidences, RunSettings().policy)
+    assert [one.to_dict() for one in again] == [dict(row.decision) for row in rows]
+
+
+def test_what_came_after_a_step_that_was_gone_back_to_is_set_aside(bench: Bench):
+    bench.healthy(100)
+    bench.run()
+    bench.healthy(80, since=60)
+    bench.run()
+    with contextlib.closing(sqlite3.connect(bench.described.ledger)) as database:
+        rows = database.execute("SELECT step, set_aside FROM events ORDER BY id").fetchall()
+    assert rows == [(step, int(step >= 60)) for step in range(10, 110, 10)] + [(60, 0), (70, 0), (80, 0)]
+
+
+def test_a_rollback_to_steps_that_no_file_had_before_is_recognised_at_the_third(bench: Bench):
+    bench.healthy(100)
+    bench.run()
+    for step in (55, 65, 75):
+        bench.writer.write(profile(), step)
+    bench.run()
+    assert [log["step"] for log in bench.logs if log["event"] == "rewound"] == [75]
+    assert bench.gauge("rksp_checkpoint_last_processed_step") == 75
+
+
+def test_profiles_go_on_while_the_model_cannot_be_built(bench: Bench):
+    tiny_model.save_folder(bench.folder, 15)
+    bench.healthy(20)
+    with pytest.raises(ModelError):
+        bench.run(FakeReplayer({15: ModelError("no module")}))
+    assert bench.statuses() == {10: "done", 15: "ready", 20: "done"}
+    assert [document["problem"] for event, document in bench.told if event == "run_suspended"] == ["no module"]
+
+
+def test_a_kind_of_checkpoint_that_is_not_read_is_skipped(bench: Bench):
+    tiny_model.save_folder(bench.folder, 100)
+    bench.run(FakeReplayer({100: UnsupportedCheckpoint("zarr arrays")}))
+    assert bench.statuses() == {100: "skipped"}
+
+
+def test_the_noise_is_measured_of_the_baseline_and_now_and_then(bench: Bench):
+    for step in range(100, 600, 100):
+        tiny_model.save_folder(bench.folder, step)
+    replayer = FakeReplayer({})
+    bench.run(replayer, replay={"noise_every": 2})
+    assert replayer.noise == [True, False, True, False, True]
+    silent = FakeReplayer({})
+    tiny_model.save_folder(bench.folder, 600)
+    bench.run(silent, replay={"noise_groups": 0})
+    assert silent.noise == [False]
+
+
+def test_a_ledger_that_is_removed_under_the_watcher_is_noticed(bench: Bench):
+    class Removing(FakeReplayer):
+        def replay(self, path: Path, *, noise: bool, tick: Callable[[], None]) -> Replayed:
+            bench.described.ledger.unlink()
+            return super().replay(path, noise=noise, tick=tick)
+
+    for step in (100, 200):
+        tiny_model.save_folder(bench.folder, step)
+    with pytest.raises(ConfigError, match="was removed or replaced"):
+        bench.run(Removing({}))

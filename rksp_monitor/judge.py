@@ -1,0 +1,99 @@
+"""From the profile of an event to a stored decision: drift, policy, the order it leads to.
+
+Everything that must survive together is one transaction of the ledger: the outcome of the event, the drift and policy
+states after it, and the order, before the trainer can see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rksp_core import policy as policies
+from rksp_core.drift import Drift, DriftState, measure, rewind
+from rksp_core.policy import Decision, Evidence, Hold, PolicyState, decide, decree
+from rksp_core.profile import ModelProfile
+from rksp_core.reference import Reference
+from rksp_monitor.config import RunSettings
+from rksp_monitor.ledger import Event, Ledger, Outcome
+from rksp_monitor.orders import Orders
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one event led to. ``rewound`` is the step that was judged last, when the trainer went back before it."""
+
+    drift: Drift
+    decision: Decision
+    rewound: int | None = None
+
+
+class Judge:
+    """Judges the events of one run, in the order they are given."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        orders: Orders,
+        settings: RunSettings,
+        references: Mapping[str, Reference],
+        clock: Callable[[], float],
+    ) -> None:
+        self._ledger, self._orders, self._settings = ledger, orders, settings
+        self._references, self._clock = references, clock
+        stored = ledger.load("policy")
+        state = PolicyState.from_dict(stored) if stored else PolicyState()
+        self.state = orders.reconcile(state) if settings.enforce else state
+
+    def wants_noise(self, event: Event) -> bool:
+        """Whether the noise of this event's profile should be measured: of the baseline, and now and then again."""
+        replay = self._settings.replay
+        if replay.noise_groups == 0:
+            return False
+        state = self._drift_state(event.kind)
+        return state is None or self._ledger.judged_count(event.kind) % replay.noise_every == 0
+
+    def judge(self, event: Event, profile: ModelProfile, hold: Hold | None) -> Judgement:
+        """Measure the drift, decide, and store it all.
+
+        Raises
+        ------
+        ProfileError
+            When the profile is of another probe or other settings than the run's baseline.
+        """
+        before, state = self._drift_state(event.kind), self.state
+        rewound, policy = None, self._settings.policy
+        if before is not None and event.step <= before.step and self._ledger.went_back(event):
+            rewound = before.step
+            kept = [Evidence.from_dict(document) for document in self._ledger.evidence_before(event)]
+            before = rewind(before, event.step, [each.drift for each in kept if each.series == event.kind])
+            state = policies.rewind(state, event.step, policy, kept)
+        after, drift = measure(before, profile, event.step, self._references.get(event.kind))
+        evidence = Evidence(drift, self._clock(), event.kind, rewound=rewound is not None)
+        state, decision = decide(state, evidence, policy, hold)
+        documents = self._documents(state, decision)
+        if after is not None:
+            documents[f"drift/{event.kind}"] = after.to_dict()
+        outcome = Outcome(profile.to_dict(eigenvalues=False), evidence.to_dict(), decision.to_dict())
+        self._ledger.finish(event, outcome, documents, undone=rewound is not None)
+        self.state = state
+        return Judgement(drift, decision, rewound)
+
+    def obey(self, hold: Hold | None) -> Decision | None:
+        """Take a person's word into account at once; return what it led to, None when it changed nothing."""
+        state, decision = decree(self.state, self._settings.policy, hold, self._clock())
+        if state != self.state:
+            self._ledger.store(self._documents(state, decision))
+            self.state = state
+        return decision
+
+    def _documents(self, state: PolicyState, decision: Decision | None) -> dict[str, Any]:
+        documents: dict[str, Any] = {"policy": state.to_dict()}
+        if self._settings.enforce and decision is not None:
+            documents |= self._orders.prepare(decision, self._settings.policy.expires_in)
+        return documents
+
+    def _drift_state(self, kind: str) -> DriftState | None:
+        stored = self._ledger.load(f"drift/{kind}")
+        return DriftState.from_dict(stored) if stored else None

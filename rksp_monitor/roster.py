@@ -1,0 +1,68 @@
+"""Which runs there are to watch: the folders that the settings name, and those that their globs find."""
+
+from __future__ import annotations
+
+import glob
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from rksp_monitor.config import RunEntry, WatchSettings
+from rksp_monitor.remote import as_path
+
+Found = Mapping[str, tuple[Path, RunEntry]]
+
+LOOK_SECONDS = 5.0  # between two looks for new folders
+
+
+def find_runs(settings: WatchSettings) -> dict[str, tuple[Path, RunEntry]]:
+    """Return {folder as text: (its path, its settings)}; the first entry that names or finds a folder has it.
+
+    Raises
+    ------
+    ConfigError
+        When a URL cannot be opened.
+    """
+    found: dict[str, tuple[Path, RunEntry]] = {}
+    for entry in settings.runs:
+        for path in _folders(entry.folder):
+            found.setdefault(str(path), (path, entry))
+    return found
+
+
+def is_pattern(folder: str) -> bool:
+    """Whether the text is a glob that may find any number of folders, new ones later."""
+    return "://" not in folder and glob.has_magic(folder) and not Path(folder).exists()
+
+
+def _folders(folder: str) -> list[Path]:
+    if is_pattern(folder):
+        return sorted(path for text in glob.glob(folder) if (path := Path(text)).is_dir())  # noqa: PTH207 - any root
+    return [as_path(folder)]
+
+
+class Roster:
+    """Looks for run folders in a thread of its own: a network file system that hangs must not hang the session."""
+
+    def __init__(self, settings: WatchSettings, wake: Callable[[], None]) -> None:
+        self._settings, self._wake = settings, wake
+        self._found: Found = find_runs(settings)
+        self._stop = threading.Event()
+        if any(is_pattern(entry.folder) for entry in settings.runs):
+            threading.Thread(target=self._look, name="roster", daemon=True).start()
+
+    @property
+    def runs(self) -> Found:
+        """What was found at the last look."""
+        return self._found
+
+    def close(self) -> None:
+        """Look no more."""
+        self._stop.set()
+
+    def _look(self) -> None:
+        while not self._stop.wait(LOOK_SECONDS):
+            found = find_runs(self._settings)
+            if found.keys() != self._found.keys() and not self._stop.is_set():
+                self._found = found
+                self._wake()
