@@ -60,7 +60,8 @@ class ReplayPool:
         When set, replays that wait or run are given up.
     report
         Called, in a run's thread, with ("started", {device, pid, run}), ("built", {device, pid, run, model, kind,
-        probe}) or ("ended", {device, pid, run, reason}); ``run`` is the one whose replay brought it about.
+        probe}) or ("ended", {device, pid, run, reason}); ``run`` is the one whose replay brought it about. That the
+        workers end when the daemon stops is not reported.
     """
 
     def __init__(
@@ -226,7 +227,8 @@ class Replayer:
         return worker
 
     def _end(self, place: _Place, reason: str) -> None:
-        self._report(place, "ended", reason=reason)
+        if not self._pool.stopping:
+            self._report(place, "ended", reason=reason)
         place.end()
 
     def _report(self, place: _Place, what: str, **about: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +44,11 @@ def build(width: int = 16, depth: int = 3) -> nn.Module:
     return Tiny(width=width, depth=depth)
 
 
+_LEAKED: list[Tensor] = []
+
+
 class _Scripted(Tiny):
-    """Dies or hangs when the weights say so: the checkpoint is what kills the worker."""
+    """Does what the weights say: the checkpoint is what kills the worker, hangs it, leaks or takes all memory."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         code = float(self.blocks[0].down.bias[0])
@@ -52,11 +56,57 @@ class _Scripted(Tiny):
             os.kill(os.getpid(), 9)
         if code == 7.0:
             time.sleep(3600)
+        if code == 6.0:
+            _LEAKED.append(torch.ones(2**26))  # 256 MiB
+        while code == 5.0:
+            _LEAKED.append(torch.ones(2**24))  # 64 MiB at a time, without end
+            time.sleep(0.01)
         return super().forward(tokens)
 
 
 def build_scripted() -> nn.Module:
     return _Scripted()
+
+
+class _Hungry(Tiny):
+    """Runs out of memory on more than ``most`` sequences, and on any before it has been moved ``moves`` times."""
+
+    def __init__(self, most: int, moves: int) -> None:
+        super().__init__()
+        self.most, self.moves = most, moves
+
+    def to(self, *args: Any, **kwargs: Any) -> _Hungry:
+        self.moves -= 1
+        return super().to(*args, **kwargs)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[0] > self.most or self.moves > 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().forward(tokens)
+
+
+def build_hungry(most: int = 32, moves: int = 0) -> nn.Module:
+    """Build a model of float64, so that micro-batches differ in their order of summation only."""
+    return _Hungry(most, moves).double()
+
+
+class _Drifting(Tiny):
+    """Remembers what it saw, in a buffer that no checkpoint holds, and draws random numbers: both reach the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.embedding(tokens) + self.seen
+        self.seen += 1
+        for block in self.blocks:
+            h = block(h) + 0.01 * torch.randn_like(h)
+        return self.head(h)
+
+
+def build_drifting() -> nn.Module:
+    return _Drifting()
 
 
 def weights(step: int, code: float | None = None, scale: float = 1.0, width: int = 16) -> dict[str, Tensor]:

@@ -1,0 +1,142 @@
+"""Several runs and one pool: turns, devices, and code of the same name."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rksp_monitor.replay import Abandoned, ReplayPool
+from rksp_monitor.subject import SubjectSettings
+from tests.monitor import tiny_model
+
+SMALL = {"samples": 256, "sequences": 8, "length": 32, "device": "cpu"}
+
+
+def _nothing() -> None:
+    pass
+
+
+def test_turns_are_taken_in_the_order_of_the_requests():
+    pool = ReplayPool()
+    tickets = [pool.join("cpu", None) for _ in range(6)]
+    order: list[int] = []
+
+    def run(number: int) -> None:
+        place, ticket = tickets[number]
+        with place.turn(ticket, _nothing):
+            order.append(number)
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(run, reversed(range(6))))
+    assert order == list(range(6))
+
+
+def test_one_who_gives_up_waiting_holds_up_nobody():
+    pool = ReplayPool()
+    (place, first), (_, second), (_, third) = (pool.join("cpu", None) for _ in range(3))
+
+    def give_up() -> None:
+        raise Abandoned
+
+    with place.turn(first, _nothing), pytest.raises(Abandoned), place.turn(second, give_up):
+        raise AssertionError("it is not its turn")
+    with place.turn(third, _nothing):
+        assert place.waiting == 1
+
+
+def test_runs_of_auto_are_spread_over_the_devices_and_stay_where_their_model_is():
+    pool = ReplayPool(devices=("cuda:0", "cuda:1"))
+    tickets = [pool.join("auto", None) for _ in range(4)]
+    assert [place.device for place, _ in tickets] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    for place, ticket in tickets:
+        with place.turn(ticket, _nothing):
+            pass
+    for place, _ in tickets:
+        same, ticket = pool.join("auto", place)
+        assert same is place
+        with place.turn(ticket, _nothing):
+            pass
+    assert pool.join("cuda", None)[0].device == "cuda:0"
+    assert pool.join("cpu", None)[0].device == "cpu"
+
+
+def test_a_trainers_code_is_not_mistaken_for_that_of_another_run(tmp_path: Path):
+    """Both runs keep their model in a file of the same name, beside their configuration."""
+    widths = {"a": 16, "b": 8}
+    for name, width in widths.items():
+        run = tmp_path / name
+        run.mkdir()
+        code = f"from tests.monitor.tiny_model import build\n\ndef make():\n    return build(width={width})\n"
+        (run / "own_model.py").write_text(code)
+        (run / "config.yaml").write_text("model: {factory: 'own_model:make'}")
+        tiny_model.save_folder(run, 100, width=width)
+    reasons = []
+
+    def report(what: str, about: object) -> None:
+        if what == "ended":
+            reasons.append(about["reason"])
+
+    with contextlib.closing(ReplayPool(report=report)) as pool:
+        for name, width in widths.items():
+            settings = SubjectSettings(str(tmp_path / name / "config.yaml"), **SMALL)
+            replayer = pool.replayer(name, settings, timeout=60)
+            replayed = replayer.replay(tmp_path / name / "checkpoints" / "step-00000100")
+            assert {layer.width for layer in replayed.profile.layers} == {width}
+            assert replayer.restarts == 0
+    assert reasons == [f"the worker imported own_model from {tmp_path / 'a'}, and now needs that of {tmp_path / 'b'}"]
+
+
+def test_runs_share_a_worker_each_gets_its_own_profile_and_a_stop_ends_the_waits(tmp_path: Path):
+    tiny_model.save_folder(tmp_path, 100)
+    tiny_model.save_folder(tmp_path, 200)
+    tiny_model.save_folder(tmp_path, 400, code=7.0)
+    settings = SubjectSettings("tests.monitor.tiny_model:build_scripted", **SMALL)
+    stop = threading.Event()
+
+    def replay(step: int) -> int | None:
+        path = tmp_path / "checkpoints" / f"step-{step:08d}"
+        return pool.replayer(f"run {step}", settings, timeout=60).replay(path).profile.step
+
+    with contextlib.closing(ReplayPool(stop=stop)) as pool, ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(replay, (100, 200, 100, 200))) == [100, 200, 100, 200]
+        assert len(pool.pids) == 1
+        hanging = [threads.submit(replay, 400) for _ in range(3)]
+        time.sleep(0.2)
+        stop.set()
+        for future in hanging:
+            with pytest.raises(Abandoned):
+                future.result()
+
+
+def test_a_thread_that_hangs_in_its_tick_does_not_keep_its_worker_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("rksp_monitor.replay.CLOSING_SECONDS", 0.2)
+    tiny_model.save_folder(tmp_path, 400, code=7.0)
+    settings = SubjectSettings("tests.monitor.tiny_model:build_scripted", **SMALL)
+    release, hangs = threading.Event(), threading.Event()
+    pool = ReplayPool()
+
+    def tick() -> None:
+        if pool.pids:
+            hangs.set()
+            release.wait()
+
+    with ThreadPoolExecutor(1) as threads:
+        path = tmp_path / "checkpoints" / "step-00000400"
+        hanging = threads.submit(pool.replayer("run", settings, timeout=60).replay, path, tick=tick)
+        hangs.wait()
+        worker = psutil.Process(pool.pids["cpu"])
+        pool.close()
+        while worker.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        release.set()
+        with pytest.raises(Abandoned):
+            hanging.result()
+    assert pool.pids == {}
