@@ -120,6 +120,7 @@ def _say(message: str, *, code: int = 2) -> int:
 def _register() -> None:
     """Attach the commands; their modules import torch only when they run."""
     from rksp_monitor.commands.config import config
+    from rksp_monitor.commands.control import control
     from rksp_monitor.commands.demo import demo
     from rksp_monitor.commands.doctor import doctor
     from rksp_monitor.commands.history import history
@@ -135,6 +136,7 @@ def _register() -> None:
     app.command()(history)
     app.command()(doctor)
     app.command()(demo)
+    app.add_typer(control, name="control")
     app.add_typer(probe, name="probe")
     app.add_typer(config, name="config")
 

@@ -9,6 +9,7 @@ that is not running finds it when it starts.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,9 @@ def write_hold(path: Path, hold: Hold, since: float) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(document, indent=1, allow_nan=False) + "\n", mode=0o600)
+        if os.geteuid() == 0:  # the watcher may be another user's, and has to read it
+            owner = path.parent.stat()
+            os.chown(path, owner.st_uid, owner.st_gid)
     except OSError as error:
         raise ControlError(
             f"the hold {path} cannot be written ({error.strerror}); it must lie in a folder this user may write"
