@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rksp_core.profile import LayerProfile, ModelProfile
+from rksp_core.wasserstein import QUANTILES
 
 
 def layer(name: str = "h.0", **figures: object) -> LayerProfile:
@@ -24,8 +25,13 @@ def layer(name: str = "h.0", **figures: object) -> LayerProfile:
     return LayerProfile(layer=name, **(values | figures))  # type: ignore[arg-type]
 
 
+def spectrum(modulus: float, *, spread: float = 0.0) -> tuple[float, ...]:
+    """Return the quantiles of moduli that lie evenly around one."""
+    return tuple(modulus + spread * (k - 15.5) / 15.5 for k in range(QUANTILES))
+
+
 def profile(*, probe: str = "aa", settings: dict[str, object] | None = None, layers: int = 3, **figures: object):
-    own = {name: figures.pop(name) for name in ("step", "loss", "gradient_norm") if name in figures}
+    own = {name: figures.pop(name) for name in ("step", "loss", "gradient_norm", "noise") if name in figures}
     return ModelProfile(
         tuple(layer(f"h.{index}", **figures) for index in range(layers)),
         settings={"eps": 1e-5} if settings is None else settings,
