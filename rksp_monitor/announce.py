@@ -41,7 +41,7 @@ from structlog.typing import FilteringBoundLogger
 
 from rksp_core.errors import ConfigError
 from rksp_core.orders import timestamp
-from rksp_monitor.announce_settings import EventName, Hook, Receiver, Webhook
+from rksp_monitor.announce_settings import Hook, Receiver, Webhook
 
 Count = Callable[[str, str], object]
 Document = Mapping[str, Any]
@@ -93,8 +93,8 @@ class Announcer:
         senders = [(each, _Post(each)) for each in webhooks], [(each, _Command(each, log)) for each in hooks]
         self._outboxes = [_Outbox(settings, sender, log, count) for group in senders for settings, sender in group]
 
-    def announce(self, event: EventName, run: str, document: Document) -> None:
-        """Tell every receiver that asked for ``event``.
+    def announce(self, event: str, run: str, document: Document) -> None:
+        """Tell every receiver that asked for ``event``, one of `rksp_monitor.announce_settings.EVENTS`.
 
         ``document`` is added to what every event says (schema, id, event, run, at); it is copied at once.
         """
