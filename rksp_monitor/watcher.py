@@ -150,6 +150,7 @@ class RunWatcher:
         RkspError, OSError, sqlite3.Error
             When the run cannot be watched for now: its folder or its ledger cannot be used; or, ``once``, its model.
         """
+        self._ledger.store({"mode": {"enforce": self.settings.enforce}})  # what `rksp control` says of this watcher
         recovered = self._ledger.recover()
         if recovered:
             self._log.info("recovered", events=recovered)
