@@ -65,6 +65,8 @@ def look(path: Path, place: Place, before: Sighting | None = None) -> Sighting |
     except FileNotFoundError:
         return None
     except OSError as error:
+        if before is not None and before.complete:
+            return before  # nothing says that it changed; replay will say the same should it try
         return _unread(path, f"{path.name} cannot be read: {error.strerror or error}")
 
 
