@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import IO, Any, Protocol, cast
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import standardwebhooks
 import tenacity
@@ -148,13 +149,13 @@ class _Outbox:
         self._thread.start()
 
     def put(self, document: Document) -> None:
-        if self._ended or not self._room.acquire(blocking=False):
-            self._note(document, DROPPED)
-            if not self._overflowing:
-                self._overflowing = True
-                self._log.warning("events are dropped", reason=f"{self.settings.queue} wait for this receiver already")
+        if not self._ended and self._room.acquire(blocking=False):
+            self._waiting.put(document)
             return
-        self._waiting.put(document)
+        self._note(document, DROPPED)
+        if not self._ended and not self._overflowing:
+            self._overflowing = True
+            self._log.warning("events are dropped", reason=f"{self.settings.queue} wait for this receiver already")
 
     def finish(self) -> None:
         """Take no more; the thread ends when it has sent what waits."""
@@ -225,7 +226,9 @@ class _Post:
             raise ConfigError(
                 f"cannot read certificates for the webhook {self.name} from {settings.ca_file} ({error.strerror})"
             ) from error
-        self._pool = urllib3.PoolManager(ssl_context=context, timeout=settings.timeout, retries=False)
+        self._pool = _connect_through(
+            _proxy(parts.scheme, parts.hostname or ""), ssl_context=context, timeout=settings.timeout, retries=False
+        )
 
     def send(self, document: Document, stop: threading.Event) -> str:
         """Post until it is accepted, refused for good, or tried often enough."""
@@ -264,8 +267,7 @@ class _Post:
                 "POST", self._settings.url, body=body, headers=headers, redirect=False, preload_content=False
             )
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            path = urlsplit(self._settings.url).path
-            text = str(error) if path in {"", "/"} else str(error).replace(path, "/...")
+            text = str(error).replace(self._settings.url, self.name)
             return _Outcome(f"{type(error).__name__}: {text}", passing=True)
         with contextlib.closing(answer):  # its body is not read: it may have no end
             status = answer.status
@@ -337,6 +339,24 @@ class _Command:
         if not ended:
             _end_group(process, 0.0 if stop.is_set() else GRACE)
         return ended, (output + (pipe.read(65536) or b""))[-OUTPUT:]
+
+
+def _proxy(scheme: str, host: str) -> str | None:
+    """Return the proxy that https_proxy, http_proxy and no_proxy give this address, as curl reads them."""
+    if proxy_bypass(host):
+        return None
+    return getproxies().get(scheme)
+
+
+def _connect_through(proxy: str | None, **options: Any) -> urllib3.PoolManager:
+    if proxy is None:
+        return urllib3.PoolManager(**options)
+    try:
+        password = urllib3.util.parse_url(proxy).auth
+        headers = urllib3.make_headers(proxy_basic_auth=password) if password else None
+        return urllib3.ProxyManager(proxy, proxy_headers=headers, **options)
+    except (urllib3.exceptions.HTTPError, ValueError) as error:
+        raise ConfigError("http_proxy or https_proxy in the environment is no http://HOST:PORT") from error
 
 
 def _end_group(process: subprocess.Popen[bytes], grace: float) -> None:

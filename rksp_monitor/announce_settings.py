@@ -57,6 +57,7 @@ class Webhook(Receiver):
     @classmethod
     def _address(cls, value: str) -> str:
         parts = urlsplit(value)
+        _ = parts.port  # raises when it is none
         if parts.scheme not in {"http", "https"} or not parts.hostname or not value.isprintable() or " " in value:
             raise ValueError("a webhook's url is https://HOST/PATH")
         if parts.username is not None or parts.password is not None:

@@ -33,6 +33,14 @@ from tests.monitor.certificates import make_certificate
 SECRET = "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo="  # base64 of the alphabet
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reach the receivers of these tests directly, wherever they run."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
 @dataclass
 class Receiver:
     """What a test's HTTP server was sent, and the statuses that it answers with; the last one goes on."""
@@ -261,6 +269,26 @@ def test_tls_is_verified(tmp_path: Path):
     assert told.counts == {("trusted", SENT): 1, ("stranger", FAILED): 1}
 
 
+def test_a_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch):
+    with receiving() as proxy, receiving() as receiver:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/path").replace("//", "//anna:word@"))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        told = announcing(Webhook(url="http://far.invalid/x"), Webhook(url=receiver.url))
+        told.announcer.announce("order", "r", {})
+        eventually(lambda: told.counts == {("r", SENT): 2})
+        told.announcer.close()
+    ((headers, _),) = proxy.requests
+    assert (headers["host"], headers["proxy-authorization"]) == ("far.invalid", "Basic YW5uYTp3b3Jk")
+    assert len(receiver.requests) == 1
+
+
+def test_a_bad_proxy_is_said_without_its_password(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("https_proxy", "ftp://anna:word@h")
+    with pytest.raises(ConfigError, match="https_proxy in the environment") as caught:
+        announcing(Webhook(url="https://h/x"))
+    assert "word" not in str(caught.value)
+
+
 def test_a_run_that_is_gone_is_no_matter():
     def gone(run: str, name: str) -> None:
         raise KeyError(run)
@@ -308,10 +336,10 @@ def test_a_ca_file_that_holds_none_is_said(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://h/x", "https://", "https://user:word@h/x", "https://h/a b", "https://h/\n", "h/x"]
+    "url", ["ftp://h/x", "https://", "https://user:word@h/x", "https://h/a b", "https://h/\n", "https://h:x/", "h/x"]
 )
 def test_what_is_no_address_is_refused(url: str):
-    with pytest.raises(ValidationError, match="a webhook's url"):
+    with pytest.raises(ValidationError, match=r"a webhook's url|Port could not"):
         Webhook(url=url)
 
 

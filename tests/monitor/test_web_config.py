@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.client
+import shutil
 import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,6 +126,29 @@ def test_what_cannot_be_honoured_is_refused_in_one_sentence(path: Path, text: st
     assert str(path) in said
     assert "secret" not in said
     assert HASH[7:] not in said
+
+
+@pytest.mark.real
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (apt: prometheus)")
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ("", True),
+        (TLS, True),
+        (TLS.replace("}", ", client_auth_type: RequireAndVerifyClientCert, client_ca_file: client.crt}"), True),
+        (TLS.replace("}", ", min_version: TLS12, max_version: TLS13, prefer_server_cipher_suites: false}"), True),
+        (TLS.replace("}", ", cipher_suites: [TLS_AES_128_GCM_SHA256, TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384]}"), True),
+        (f"basic_auth_users: {{anna: {HASH}}}\nhttp_server_config: {{headers: {{X-Frame-Options: deny}}}}\n", True),
+        ("tls_config: {}", False),
+        (TLS.replace("}", ", client_ca_file: client.crt}"), False),
+        (TLS.replace("}", ", cipher_suites: [TLS_NONE]}"), False),
+    ],
+)
+def test_promtool_thinks_the_same(path: Path, text: str, good: bool):
+    path.write_text(text)
+    assert (subprocess.run(["promtool", "check", "web-config", str(path)], capture_output=True).returncode == 0) == good
+    with contextlib.nullcontext() if good else pytest.raises(ConfigError):
+        WebConfig(path, print)
 
 
 def test_a_file_that_is_not_there_is_said(path: Path):
