@@ -12,7 +12,7 @@ from rksp_monitor.remote import as_path
 
 Found = Mapping[str, tuple[Path, RunEntry]]
 
-LOOK_SECONDS = 5.0  # between two looks for new folders
+LEAST_SECONDS = 1.0  # between two looks for new folders, however short the poll interval is
 
 
 def find_runs(settings: WatchSettings) -> dict[str, tuple[Path, RunEntry]]:
@@ -61,7 +61,7 @@ class Roster:
         self._stop.set()
 
     def _look(self) -> None:
-        while not self._stop.wait(LOOK_SECONDS):
+        while not self._stop.wait(max(LEAST_SECONDS, self._settings.poll_interval)):
             found = find_runs(self._settings)
             if found.keys() != self._found.keys() and not self._stop.is_set():
                 self._found = found

@@ -52,13 +52,13 @@ def until(what: Callable[[], object], seconds: float = 60) -> None:
 class Watcher:
     """One process of ``rksp watch``."""
 
-    def __init__(self, run: Path, *flags: str, **env: str) -> None:
+    def __init__(self, run: Path, *flags: str, folders: tuple[str, ...] | None = None, **env: str) -> None:
         self.run, self.port_file = run, run.parent / "port"
         self.port_file.unlink(missing_ok=True)
         self.log = (run.parent / "log").open("ab")
         fixed = ("--listen", "127.0.0.1:0", "--port-file", str(self.port_file))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "rksp_monitor", "watch", str(run), *fixed, *flags],
+            [sys.executable, "-m", "rksp_monitor", "watch", *([str(run)] if folders is None else folders), *fixed, *flags],
             stderr=self.log,
             cwd=ROOT,
             env=os.environ | SETTINGS | {"OMP_NUM_THREADS": "1"} | env,
@@ -229,7 +229,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(run: Path, start):
 def test_sigterm_gives_a_replay_up_and_a_second_one_changes_nothing(run: Path, start):
     tiny_model.save_folder(run, 100, code=7.0)
     watcher = start(*MODEL)
-    until(lambda: watcher.logged("model is built"))
+    until(lambda: watcher.logged("replay worker started"))
     watcher.process.send_signal(signal.SIGTERM)
     assert watcher.end() == 0
     assert rows(run) == {100: ("ready", 0)}
