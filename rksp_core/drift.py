@@ -232,7 +232,7 @@ def _sigmas(drift: Drift, against: Against, other: Figures) -> Numbers:
     for name in (*drift.values, *drift.distances):
         moved = drift.moved(name, against)
         noise = math.hypot(other.noise.get(name, 0.0), drift.noise.get(name, 0.0))
-        if moved is not None and noise > 0.0:
+        if moved is not None and noise > 0.0 and math.isfinite(moved / noise):
             sigmas[name] = moved / noise
     return sigmas
 

@@ -94,17 +94,34 @@ class ConditionFinding:
     deviation: float | None
     held: bool
 
+    @property
+    def text(self) -> str:
+        """The finding in a few words, as a log shows it."""
+        asked, words = self.condition, []
+        if asked.by is not None:
+            words.append(f"{asked.by:g}")
+        if asked.sigmas is not None:
+            words.append(f"{asked.sigmas:g} sigmas")
+        far = " and ".join(words)
+        if asked.against == "absolute":
+            return f"{asked.metric} {'above' if asked.direction == 'rises' else 'below'} {far}: {_figure(self.value)}"
+        found = (
+            _figure(self.value) if asked.metric in DISTANCES else f"{_figure(self.reference)} -> {_figure(self.value)}"
+        )
+        sure = "" if self.deviation is None else f" ({self.deviation:+.1f} sigmas)"
+        return f"{asked.metric} {asked.direction} by {far} against {asked.against}: {found}{sure}"
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form: the condition's own, with what it found beside it."""
+        """Return the JSON form: the condition's own, with what it found beside it; what is None is left out."""
         found = {"value": self.value, "reference": self.reference, "deviation": self.deviation, "held": self.held}
-        return self.condition.to_dict() | found
+        return self.condition.to_dict() | {name: value for name, value in found.items() if value is not None}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> ConditionFinding:
         """Read the JSON form."""
         values = dict(document)
-        found = {name: values.pop(name) for name in ("value", "reference", "deviation", "held")}
-        return cls(Condition(**values), **found)
+        found = {name: values.pop(name, None) for name in ("value", "reference", "deviation")}
+        return cls(held=values.pop("held"), **found, condition=Condition(**values))
 
 
 @dataclass(frozen=True)
@@ -138,6 +155,11 @@ class RuleFinding:
     fired: bool
     armed: bool
     conditions: tuple[ConditionFinding, ...]
+
+    @property
+    def text(self) -> str:
+        """The finding in a few words, as a log shows it."""
+        return f"{self.rule}: {'; '.join(finding.text for finding in self.conditions)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -206,8 +228,9 @@ class Policy:
             if not endless and (not is_whole(value) or value < least):
                 raise PolicyError(f"{name} must be at least {least}, got {value}; correct it")
         if self.expires_in is not None and not (is_number(self.expires_in) and 0 < self.expires_in <= FOR_EVER):
+            given = self.expires_in
             raise PolicyError(
-                f"expires_in must be above 0 seconds and at most {FOR_EVER:g}, or null, got {self.expires_in}; correct it"
+                f"expires_in must be above 0 seconds and at most {FOR_EVER:g}, or null, got {given}; correct it"
             )
         unknown = [level for level in self.ladder if level not in range(4)]
         if unknown:
@@ -282,7 +305,9 @@ class Evidence:
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Evidence:
         """Read the JSON form."""
-        return cls(Drift.from_dict(document["drift"]), document["at"], document["series"], document["rewound"])
+        return cls(
+            Drift.from_dict(document["drift"]), document["at"], document["series"], document.get("rewound", False)
+        )
 
 
 @dataclass(frozen=True)
@@ -354,6 +379,11 @@ class Decision:
     rules: tuple[RuleFinding, ...] = ()
     hold: Hold | None = None
 
+    @property
+    def explanation(self) -> list[str]:
+        """A line for each rule that fired, with the numbers that made it."""
+        return [rule.text for rule in self.rules if rule.fired]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
         return {
@@ -398,7 +428,7 @@ def decide(
     findings = tuple(rule.judge(drift) for rule in policy.rules)
     fired = [rule for rule, finding in zip(policy.rules, findings, strict=True) if finding.fired]
     after = _with(state, evidence.series, _heard(before, drift.step, fired, policy), policy)
-    after, order = _order(after, policy, hold, at, drift.step)
+    after, order = _order(after, policy, hold, at)
     names = tuple(rule.name for rule in fired)
     reason = _reason(after.level, fired, drift)
     return after, Decision(after.level, state.level, names, order, reason, rules=findings, hold=_in_force(hold, at))
@@ -413,7 +443,7 @@ def decree(state: PolicyState, policy: Policy, hold: Hold | None, at: float) -> 
     in_force = _in_force(hold, at)
     if in_force is None and not state.held:
         return state, None
-    after, order = _order(state, policy, hold, at, state.step or 0)
+    after, order = _order(state, policy, hold, at)
     if order is None:
         return after, None
     return after, Decision(state.level, state.level, (), order, Reason(state.level, state.step), hold=in_force)
@@ -425,7 +455,7 @@ def rewind(state: PolicyState, step: int, policy: Policy, kept: Iterable[Evidenc
     ``kept`` are the events before ``step`` in the order they were judged, without those of an earlier excursion that
     was undone. A series that reached ``step`` has the level that they give, and starts anew where there are none.
     """
-    undone = [name for name, each in state.series.items() if each.step is not None and each.step >= step]
+    undone = {name for name, each in state.series.items() if each.step is not None and each.step >= step}
     series = {name: each for name, each in state.series.items() if name not in undone}
     for evidence in kept:
         drift, before = evidence.drift, series.get(evidence.series, Series())
@@ -493,20 +523,21 @@ def _in_force(hold: Hold | None, at: float) -> Hold | None:
     return hold if hold is not None and hold.holds(at) else None
 
 
-def _order(
-    state: PolicyState, policy: Policy, hold: Hold | None, at: float, step: int
-) -> tuple[PolicyState, Levers | None]:
-    """Return the order that is due, and the state that remembers it and the hold."""
+def _order(state: PolicyState, policy: Policy, hold: Hold | None, at: float) -> tuple[PolicyState, Levers | None]:
+    """Return the state that remembers the hold and the order that is due, and that order."""
     in_force = _in_force(hold, at)
     after = dataclasses.replace(state, held=in_force is not None)
     wanted = policy.levers(state.level) if in_force is None else in_force.levers
-    if wanted is None or not _is_due(state, wanted, policy, in_force is not None, at, step):
+    # A person's word waits for no cool-down, nor does the policy at the end of it.
+    if wanted is None or not _is_due(state, wanted, policy, at, at_once=state.held or after.held):
         return after, None
-    after = dataclasses.replace(after, ordered=wanted, ordered_level=state.level, ordered_step=step, ordered_at=at)
-    return after, wanted
+    step = state.step or 0
+    return dataclasses.replace(
+        after, ordered=wanted, ordered_level=state.level, ordered_step=step, ordered_at=at
+    ), wanted
 
 
-def _is_due(state: PolicyState, wanted: Levers, policy: Policy, held: bool, at: float, step: int) -> bool:
+def _is_due(state: PolicyState, wanted: Levers, policy: Policy, at: float, *, at_once: bool) -> bool:
     renew = (
         not wanted.idle
         and policy.expires_in is not None
@@ -515,10 +546,9 @@ def _is_due(state: PolicyState, wanted: Levers, policy: Policy, held: bool, at: 
     )
     if wanted == state.ordered and not renew:
         return False
-    # A person's word waits for no cool-down, nor does the end of it.
-    if held or state.held or state.ordered_step is None or state.level > state.ordered_level or renew:
+    if at_once or state.ordered_step is None or state.level > state.ordered_level or renew:
         return True
-    return max(step, state.step or 0) - state.ordered_step >= policy.cooldown_steps
+    return (state.step or 0) - state.ordered_step >= policy.cooldown_steps
 
 
 def _reason(level: int, fired: Sequence[Rule], drift: Drift) -> Reason:
@@ -535,3 +565,7 @@ def _reason(level: int, fired: Sequence[Rule], drift: Drift) -> Reason:
         baseline=finding.reference,
         threshold=condition.by if condition.by is not None else condition.sigmas,
     )
+
+
+def _figure(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"

@@ -6,13 +6,28 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
-from rksp_core.drift import Drift, measure
-from rksp_core.errors import ConfigError
+from rksp_core.drift import Drift, DriftState, measure
+from rksp_core.drift import rewind as rewind_drift
+from rksp_core.errors import ConfigError, ControlError, RkspError
 from rksp_core.orders import Levers
-from rksp_core.policy import Condition, Decision, Evidence, Policy, PolicyState, Rule, Series, decide
+from rksp_core.policy import (
+    Condition,
+    Decision,
+    Evidence,
+    Hold,
+    Policy,
+    PolicyState,
+    Rule,
+    Series,
+    decide,
+    decree,
+    replay_decisions,
+    rewind,
+)
 from tests.core.profiles import profile
 
 ON, STRONG = Levers(alpha=0.1), Levers(alpha=0.2)
@@ -126,6 +141,34 @@ def test_conditions_compare_with_what_they_say():
     assert not Condition("gradient_norm", 0.0, "absolute").judge(drift).held
 
 
+def test_a_condition_may_ask_in_sigmas_or_for_both():
+    drift = Drift(1, {"loss": 2.0}, trailing={"loss": 1.0}, sigmas_from_trailing={"loss": 4.5})
+    assert Condition("loss", sigmas=4).judge(drift).held
+    assert not Condition("loss", sigmas=5).judge(drift).held
+    assert not Condition("loss", sigmas=4, direction="falls").judge(drift).held
+    assert Condition("loss", 0.9, sigmas=4).judge(drift).held
+    assert not Condition("loss", 1.1, sigmas=4).judge(drift).held, "certain, and too small to matter"
+    assert not Condition("loss", 0.9, sigmas=5).judge(drift).held, "large, and it may be noise"
+    assert not Condition("loss", sigmas=1, against="baseline").judge(drift).held, "without a noise there are no sigmas"
+
+
+def test_a_condition_may_compare_with_the_reference_run_and_ask_for_a_distance():
+    drift = Drift(
+        1,
+        {"loss": 2.0},
+        reference={"loss": 1.5},
+        distances={"wasserstein_mean": {"trailing": 0.2, "reference": 0.4}},
+        sigmas_from_reference={"wasserstein_mean": 3.0},
+    )
+    assert Condition("loss", 0.4, "reference").judge(drift).held
+    assert not Condition("loss", 0.6, "reference").judge(drift).held
+    assert Condition("wasserstein_mean", 0.3, "reference", sigmas=2.5).judge(drift).held
+    assert not Condition("wasserstein_mean", 0.3, "trailing").judge(drift).held
+    assert not Condition("wasserstein_max", 0.0, "reference").judge(drift).held
+    # A run without a reference has nothing that could fire.
+    assert not Condition("loss", -9.0, "reference").judge(Drift(1, {"loss": 2.0})).held
+
+
 def test_the_shipped_conjunction_needs_both_and_waits_until_it_is_armed():
     def last(step: int, **figures: float) -> Decision:
         state, _ = measure(None, profile(), step - 20)
@@ -153,6 +196,275 @@ def test_the_trainers_own_figures_are_critical_at_any_step(bad: dict[str, object
 def test_a_model_that_is_not_finite_from_the_start_is_critical():
     _, drift = measure(None, profile(near_unit_mass=None, status=("not_finite",)), 1)
     assert decide(PolicyState(), Evidence(drift), Policy())[1].level == 3
+
+
+# -- series
+
+
+def hear(state: PolicyState, step: int, level: int, series: str, policy: Policy) -> tuple[PolicyState, Decision]:
+    return decide(state, Evidence(Drift(step, {"loss": float(level)}), series=series), policy)
+
+
+def test_a_series_that_fell_silent_does_not_count_until_it_is_heard_again():
+    policy = dataclasses.replace(PLAIN, raise_after=1, clear_after=2, silent_after_steps=100)
+    state, _ = hear(PolicyState(), 1000, 3, "checkpoint", policy)
+    state, decision = hear(state, 1100, 0, "profile", policy)
+    assert decision.level == 3
+    state, decision = hear(state, 1101, 1, "profile", policy)
+    assert decision.level == 1
+    state, decision = hear(state, 1150, 0, "checkpoint", policy)
+    assert decision.level == 3, "one quiet event of two that clear it"
+    _, decision = hear(state, 1151, 0, "checkpoint", policy)
+    assert decision.level == 1
+
+
+def test_a_series_may_count_for_ever():
+    policy = dataclasses.replace(PLAIN, raise_after=1, silent_after_steps=None)
+    state, _ = hear(PolicyState(), 0, 3, "checkpoint", policy)
+    assert hear(state, 10**9, 0, "profile", policy)[1].level == 3
+
+
+def test_the_cool_down_counts_from_the_newest_step_of_the_run():
+    policy = dataclasses.replace(PLAIN, raise_after=1, clear_after=1, cooldown_steps=50)
+    state, _ = hear(PolicyState(), 1000, 0, "profile", policy)
+    state, decision = hear(state, 100, 2, "checkpoint", policy)
+    assert (decision.order, state.ordered_step) == (ON, 1000)
+    state, decision = hear(state, 200, 0, "checkpoint", policy)
+    assert decision.order is None
+    assert hear(state, 1050, 0, "profile", policy)[1].order == Levers()
+
+
+# -- hold
+
+
+def holding(levers: Levers | None = None, until: float | None = None) -> Hold:
+    return Hold(levers, until, by="ann", reason="a look at the data")
+
+
+QUICK = dataclasses.replace(PLAIN, raise_after=1, clear_after=1)
+
+
+def test_a_hold_lets_levels_move_and_orders_nothing():
+    state = PolicyState()
+    for step, level in ((10, 3), (20, 0), (30, 2)):
+        state, decision = decide(state, Evidence(Drift(step, {"loss": float(level)})), QUICK, holding())
+        assert (decision.level, decision.order, decision.hold) == (level, None, holding())
+    # Its end brings what the level asks for, without an event and without a cool-down.
+    state, decision = decree(state, dataclasses.replace(QUICK, cooldown_steps=10**6), None, 5.0)
+    assert decision is not None
+    assert (decision.order, decision.level, decision.reason.checkpoint_step, decision.hold) == (ON, 2, 30, None)
+    assert decree(state, QUICK, None, 6.0) == (state, None)
+
+
+def test_a_hold_orders_its_levers_at_once_and_once():
+    state, _ = decide(PolicyState(), Evidence(Drift(10, {"loss": 2.0})), QUICK)
+    assert state.ordered == ON
+    state, decision = decree(state, QUICK, holding(STRONG), 1.0)
+    assert decision is not None
+    assert (decision.order, decision.hold) == (STRONG, holding(STRONG))
+    assert decree(state, QUICK, holding(STRONG), 2.0) == (state, None)
+    state, decision = decide(state, Evidence(Drift(20, {"loss": 3.0}), 3.0), QUICK, holding(STRONG))
+    assert decision.order is None
+    state, decision = decree(state, QUICK, holding(Levers()), 4.0)
+    assert decision is not None
+    assert decision.order == Levers(), "a person may switch it off at any level"
+    state, decision = decree(state, QUICK, None, 5.0)
+    assert decision is not None
+    assert decision.order == STRONG, "the level is 3 by now"
+
+
+def test_a_hold_ends_by_itself():
+    state, _ = decree(PolicyState(), QUICK, holding(ON, until=10.0), 1.0)
+    assert decree(state, QUICK, holding(ON, until=10.0), 9.9)[1] is None
+    state, decision = decree(state, QUICK, holding(ON, until=10.0), 10.0)
+    assert decision is not None
+    assert (decision.order, decision.hold, state.held) == (Levers(), None, False)
+
+
+def test_what_a_hold_orders_is_renewed_with_or_without_events():
+    policy = dataclasses.replace(QUICK, expires_in=10.0)
+    state, _ = decree(PolicyState(), policy, holding(ON), 0.0)
+    assert decree(state, policy, holding(ON), 5.0)[1] is None
+    renewed, decision = decree(state, policy, holding(ON), 5.1)
+    assert decision is not None
+    assert (decision.order, renewed.ordered_at) == (ON, 5.1)
+    _, decision = decide(state, Evidence(Drift(10, {"loss": 0.0}), 5.1), policy, holding(ON))
+    assert decision.order == ON
+
+
+def test_without_a_hold_nothing_is_decreed():
+    state, _ = decide(PolicyState(), Evidence(Drift(10, {"loss": 2.0})), QUICK)
+    later = dataclasses.replace(QUICK, ladder={2: STRONG}, expires_in=1.0)
+    assert decree(state, later, None, 1e6) == (state, None), "an order of the policy needs evidence"
+
+
+def test_a_hold_that_tells_nothing_lets_the_last_order_run_out_and_its_end_brings_it_back():
+    policy = dataclasses.replace(QUICK, expires_in=10.0)
+    state, _ = decide(PolicyState(), Evidence(Drift(10, {"loss": 2.0}), 0.0), policy)
+    state, decision = decree(state, policy, holding(), 8.0)
+    assert decision is None
+    _, decision = decree(state, policy, None, 12.0)
+    assert decision is not None
+    assert decision.order == ON
+
+
+@given(
+    events=st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=30),
+    expires=st.sampled_from([None, 3.0, 50.0]),
+)
+def test_while_a_hold_is_in_force_every_order_is_its_own(events: list[tuple[int, bool]], expires: float | None):
+    policy, state = dataclasses.replace(QUICK, expires_in=expires, cooldown_steps=30), PolicyState()
+    slow = holding(Levers(learning_rate_scale=0.5))
+    for n, (level, held) in enumerate(events):
+        hold = slow if held else None
+        state, decreed = decree(state, policy, hold, float(n))
+        state, decision = decide(state, Evidence(Drift(n, {"loss": float(level)}), n + 0.5), policy, hold)
+        for each in (decreed, decision):
+            if each is not None and each.order is not None:
+                assert (each.order == slow.levers) == held
+        if held:
+            assert state.ordered == slow.levers
+
+
+@pytest.mark.parametrize("hold", [holding(), holding(Levers(0.1, variant="hinge", clip=1.0), until=12.5)])
+def test_a_hold_survives_json(hold: Hold):
+    assert Hold.from_dict(json.loads(json.dumps(hold.to_dict()))) == hold
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"levers": {"kss": {"alpha": -1}}}, "kss.alpha must be a number of at least 0, got -1"),
+        ({"levers": {"kss": {"alfa": 1}}}, "kss has no setting 'alfa'"),
+        ({"until": "noon"}, "is no hold .* write one with `rksp control hold`"),
+        ({"by": None}, "by and reason must be texts"),
+        ({"levers": 3}, "is no hold"),
+    ],
+)
+def test_what_is_no_hold_is_refused_in_one_sentence(change: dict[str, object], message: str):
+    with pytest.raises(ControlError, match=message):
+        Hold.from_dict(holding().to_dict() | change)
+
+
+# -- histories
+
+
+def test_what_is_undone_holds_no_level_and_what_was_ordered_stays_ordered():
+    policy = dataclasses.replace(QUICK, clear_after=2)
+    events = [(10, 0, "profile"), (20, 2, "profile"), (25, 1, "checkpoint"), (30, 3, "profile"), (40, 0, "profile")]
+    evidences = [Evidence(Drift(step, {"loss": float(level)}), series=name) for step, level, name in events]
+    state = PolicyState()
+    for evidence in evidences:
+        state, _ = decide(state, evidence, policy)
+    assert (state.level, state.ordered, state.ordered_step) == (3, STRONG, 30)
+    known = rewind(state, 26, policy, evidences)
+    assert (known.level, known.step, known.ordered, known.ordered_step) == (2, 25, STRONG, 26)
+    assert known.series["profile"] == Series(2, 20, (0, 2))
+    assert known.series["checkpoint"] == state.series["checkpoint"]
+    unknown = rewind(state, 26, policy)
+    assert (unknown.level, list(unknown.series)) == (1, ["checkpoint"])
+    assert rewind(state, 5, policy, evidences).level == 0
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> list[Evidence]:
+    """Judge a run as the watcher does: two series through `measure`, now and then late, now and then from before."""
+    drifts: dict[str, DriftState | None] = {"profile": None, "checkpoint": None}
+    evidences: list[Evidence] = []
+    kept: list[Evidence] = []
+    for n in range(draw(st.integers(1, 25))):
+        series, step = draw(st.sampled_from(sorted(drifts))), draw(st.integers(0, 60))
+        state, rewound = drifts[series], False
+        if state is not None and step <= state.step and draw(st.booleans()):
+            rewound = True
+            kept = [each for each in kept if each.drift.step < step]
+            state = rewind_drift(state, step, [each.drift for each in kept if each.series == series])
+        loss, mass = draw(st.floats(0.0, 4.0)), draw(st.floats(0.0, 1.0))
+        noise = {"near_unit_mass_min": draw(st.floats(0.0, 0.1))}
+        drifts[series], drift = measure(state, profile(loss=loss, near_unit_mass=mass, noise=noise), step)
+        evidences.append(Evidence(drift, 10.0 * n + draw(st.floats(0.0, 1.0)), series, rewound))
+        kept.append(evidences[-1])
+    return evidences
+
+
+MIXED = dataclasses.replace(
+    PLAIN,
+    rules=(
+        *PLAIN.rules,
+        Rule("both", 3, (Condition("near_unit_mass_min", 0.1, direction="falls", sigmas=1.0),)),
+        Rule("moved", 1, (Condition("near_unit_mass_mean", sigmas=2.0, against="baseline"),), arm_after_step=20),
+    ),
+    cooldown_steps=15,
+    expires_in=35.0,
+    silent_after_steps=20,
+)
+
+
+@settings(max_examples=40)
+@given(runs())
+def test_a_stored_history_replays_to_the_decisions_that_were_made(evidences: list[Evidence]):
+    state, made = PolicyState(), []
+    for n, evidence in enumerate(evidences):
+        if evidence.rewound:
+            step = evidence.drift.step
+            # Of what came before, the ledger has set aside what each going back undid.
+            kept: list[Evidence] = []
+            for each in evidences[:n]:
+                if each.rewound:
+                    kept = [other for other in kept if other.drift.step < each.drift.step]
+                kept.append(each)
+            state = rewind(state, step, MIXED, kept)
+        state, decision = decide(state, evidence, MIXED)
+        state = PolicyState.from_dict(json.loads(json.dumps(state.to_dict())))
+        made.append(decision)
+    stored = [json.loads(json.dumps(each.to_dict(), allow_nan=False)) for each in evidences]
+    again = [Evidence.from_dict(document) for document in stored]
+    assert again == evidences
+    assert replay_decisions(again, MIXED) == made
+    assert [Decision.from_dict(json.loads(json.dumps(each.to_dict(), allow_nan=False))) for each in made] == made
+
+
+def test_a_decision_says_the_numbers_that_made_it():
+    drift = Drift(
+        70,
+        {"near_unit_mass_min": 0.6, "loss": 2.0},
+        trailing={"near_unit_mass_min": 0.8},
+        distances={"wasserstein_mean": {"baseline": 0.25}},
+        sigmas_from_trailing={"near_unit_mass_min": -5.0},
+    )
+    rules = (
+        Rule(
+            "moves",
+            2,
+            (
+                Condition("near_unit_mass_min", 0.1, direction="falls", sigmas=4),
+                Condition("wasserstein_mean", 0.2, "baseline"),
+                Condition("loss", 3.0, "absolute", "falls"),
+            ),
+            arm_after_step=60,
+        ),
+        Rule("grows", 1, (Condition("gradient_norm", 5.0),), arm_after_step=100),
+    )
+    _, decision = decide(PolicyState(), Evidence(drift), Policy(rules=rules))
+    assert decision.explanation == [
+        (
+            "moves: near_unit_mass_min falls by 0.1 and 4 sigmas against trailing: 0.8 -> 0.6 (-5.0 sigmas); "
+            "wasserstein_mean rises by 0.2 against baseline: 0.25; loss below 3: 2"
+        )
+    ]
+    moves, grows = decision.to_dict()["rules"]
+    assert moves["conditions"][0] == {
+        "metric": "near_unit_mass_min",
+        "by": 0.1,
+        "against": "trailing",
+        "direction": "falls",
+        "sigmas": 4,
+        "value": 0.6,
+        "reference": 0.8,
+        "deviation": -5.0,
+        "held": True,
+    }
+    assert (grows["fired"], grows["armed"], "value" in grows["conditions"][0]) == (False, False, False)
 
 
 def test_a_level_may_order_the_learning_rate_alone_and_it_is_renewed_and_cleared():
@@ -210,11 +522,35 @@ def test_a_ledger_of_before_goes_on(document: dict[str, object]):
         (lambda: Policy(expires_in=float("nan")), "expires_in must be above 0 seconds .* or null, got nan"),
         (lambda: Policy(expires_in=1e300), "at most 1e.09, or null, got 1e.300"),
         (lambda: Policy(clear_after=float("nan")), "clear_after must be at least 1, got nan"),
+        (lambda: Policy(silent_after_steps=0), "silent_after_steps must be at least 1, got 0"),
+        (lambda: Condition("loss"), "a rule about loss says not how far it must move; give by, sigmas or both"),
+        (lambda: Condition("loss", sigmas=0.0), "sigmas must be a number above 0, got 0.0"),
+        (lambda: Condition("loss", 1.0, "absolute", sigmas=3.0), "an absolute value has no sigmas"),
+        (lambda: Condition("wasserstein_mean", 1.0, "absolute"), "a distance rises, against trailing, baseline or"),
+        (lambda: Condition("wasserstein_max", 1.0, direction="falls"), "a distance rises"),
+        (lambda: Condition("wasserstein", 1.0), "did you mean 'wasserstein_max'"),
     ],
 )
 def test_an_impossible_policy_is_refused_in_one_sentence(make, message: str):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("document", "place"),
+    [
+        ({"rules": [{"name": "a", "level": 1, "all": [{"metric": "losss", "by": 1}]}]}, ("rules", 0, "all", 0)),
+        ({"rules": [{"name": "a", "level": 1, "all": []}]}, ("rules", 0)),
+        ({"ladder": {2: {"alpha": -1}}}, ("ladder", 2)),
+        ({"ladder": {5: {"alpha": 1}}}, ()),
+    ],
+)
+def test_a_reader_of_settings_can_say_where_a_mistake_stands(document: dict[str, object], place: tuple[object, ...]):
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(Policy).validate_python(document)
+    (found,) = caught.value.errors()
+    assert found["loc"] == place
+    assert isinstance(found["ctx"]["error"], RkspError)
 
 
 def test_a_loss_that_is_not_finite_is_critical_and_quotes_no_baseline():
