@@ -60,7 +60,7 @@ class Scanner:
 
     def __init__(self, folder: Path, *, known: Iterable[Sighting] = (), settle: float = SETTLE_SECONDS) -> None:
         self.folder = folder
-        self._settle, self._changed = settle, False
+        self._settle, self._changed, self._first = settle, False, True
         self._known = {sighting.path: sighting for sighting in known}
         self._rooms: dict[Path, _Room] = {}
         self._sightings: list[Sighting] = []
@@ -87,6 +87,7 @@ class Scanner:
         for folder in gone:
             del self._rooms[folder]
         self._known.clear()
+        self._first = False
         if gone or self._changed:
             self._changed = False
             found = itertools.chain.from_iterable(room.sightings() for room in self._rooms.values())
@@ -108,7 +109,7 @@ class Scanner:
         if folder not in self._rooms:
             self._rooms[folder] = _Room(_place(folder, self.folder), self._settle)
         room = self._rooms[folder]
-        for changed in room.scan(self._known):
+        for changed in room.scan(self._known, looks=YOUNG if self._first else 0):
             self._changed |= changed  # also when a later look fails
             pulse()
         return room.listed
@@ -198,7 +199,6 @@ class _Room:
         self._open: dict[str, _Open] = {}
         self._done: dict[str, Sighting | None] = {}  # finished checkpoints, and what is none
         self._turns: Iterator[str] = iter(())
-        self._first = True
 
     def sightings(self) -> Iterator[Sighting]:
         """Yield what was seen last."""
@@ -210,8 +210,11 @@ class _Room:
         waiting = [name for name, state in self._open.items() if state.sighting is None or not state.sighting.settling]
         return [self._place.folder, *(self._place.folder / name for name in waiting[-FOLLOWED:])]
 
-    def scan(self, known: dict[Path, Sighting]) -> Iterator[bool]:
-        """List the folder, look at what has to be looked at; yield after each look whether something changed."""
+    def scan(self, known: dict[Path, Sighting], looks: int) -> Iterator[bool]:
+        """List the folder, look at what has to be looked at; yield after each look whether something changed.
+
+        ``looks`` is how often what is new here counts as looked at: what was there before us is not young.
+        """
         try:
             listed = names_in(self._place.folder)
         except PermissionError as error:
@@ -227,8 +230,8 @@ class _Room:
             yield True
         for name, token in listed.items():
             if self.listed.get(name) != token and self._is_candidate(name):
-                self._open[name] = _Open(self._done.pop(name, None), looks=YOUNG if self._first else 0)
-        self.listed, self._first = listed, False
+                self._open[name] = _Open(self._done.pop(name, None), looks=looks)
+        self.listed = listed
         for name in [*self._open, *self._turn()]:
             yield self._visit(name, known)
 
