@@ -124,6 +124,7 @@ def _register() -> None:
     from rksp_monitor.commands.demo import demo
     from rksp_monitor.commands.doctor import doctor
     from rksp_monitor.commands.history import history
+    from rksp_monitor.commands.policy import policy
     from rksp_monitor.commands.preflight import preflight
     from rksp_monitor.commands.probe import probe
     from rksp_monitor.commands.profile import compare, profile
@@ -137,6 +138,7 @@ def _register() -> None:
     app.command()(doctor)
     app.command()(demo)
     app.add_typer(control, name="control")
+    app.add_typer(policy, name="policy")
     app.add_typer(probe, name="probe")
     app.add_typer(config, name="config")
 

@@ -6,6 +6,7 @@ is refused, with the nearest one that is.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -243,6 +244,26 @@ def read_settings(
         raise ConfigError(f"{source}: {_sentence(error)}") from error
     except RkspError as error:
         raise ConfigError(f"{source}: {error}") from error
+
+
+def read_policy(path: Path) -> Policy:
+    """Return the policy in a settings file, or in a file that holds nothing else; variables have no say in it.
+
+    Raises
+    ------
+    ConfigError
+        As `read_settings` does.
+    """
+    document = _read_yaml(path)
+    names = {each.name for each in dataclasses.fields(Policy)}
+    bare = "policy" not in document and not names.isdisjoint(document)
+    whole, schema = {"policy": document} if bare else document, WatchSettings.model_json_schema()
+    for key, near in _unknown_keys(whole, schema, schema):
+        raise ConfigError(f"{path}: unknown key {key!r}; did you mean {near!r}? See `rksp config schema`")
+    try:
+        return WatchSettings.model_validate({"policy": whole.get("policy", {})}).policy
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_sentence(error)}") from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""A policy replay for a terminal: where two policies disagree, and what each came to."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from rksp_core.orders import Levers
+from rksp_core.policy import LEVELS, Decision
+from rksp_monitor.policy_replay import PolicyReplay, Sum
+from rksp_monitor.report.columns import MISSING
+from rksp_monitor.report.drawing import draw, table
+
+
+def replay_table(replay: PolicyReplay, *, width: int = 120, colour: bool = False) -> str:
+    """Return the events that differ, and the sums."""
+    differing, total = replay.differences, len(replay.steps)
+    headings = ("step", "kind", "was", "would be", "order was", "order would be", "because of")
+    steps = table([(heading, heading == "step") for heading in headings])
+    for step in differing:
+        held = step.was.hold is not None
+        cells = (
+            str(step.row.step),
+            step.row.kind,
+            LEVELS[step.was.level],
+            LEVELS[step.would.level],
+            "held" if held else _levers(step.was.order),
+            _levers(step.would.order),
+            _because(step.was, step.would),
+        )
+        steps.add_row(*map(Text, cells))
+    sums = table([("", False), ("was", True), ("would be", True)])
+    for name, was, would in _sums(replay.was, replay.would):
+        sums.add_row(name, was, would)
+    say = f"{len(differing)} differ" if differing else "all are decided as they were"
+    title = Text(f"run {replay.run}: {total} judged events, {say}")
+    parts: list[Table | Text] = [title, steps, Text(""), sums] if differing else [title, sums]
+    return draw(parts, steps, width, colour)
+
+
+def _sums(was: Sum, would: Sum) -> list[tuple[str, str, str]]:
+    rows = [
+        (
+            f"{level}: events, hours",
+            *(f"{each.events[index]}, {each.seconds[index] / 3600:.2f}" for each in (was, would)),
+        )
+        for index, level in enumerate(LEVELS)
+    ]
+    rows.append(("orders", str(was.orders), str(would.orders)))
+    alarms = (MISSING if each.first_alarm is None else str(each.first_alarm) for each in (was, would))
+    return [(name, one, other) for name, one, other in [*rows, ("first alarm at step", *alarms)]]
+
+
+def _because(was: Decision, would: Decision) -> str:
+    """Return the rules that fired in one and not in the other; with the same rules, memory made the difference."""
+    only = [f"+{name}" for name in would.fired if name not in was.fired]
+    only += [f"-{name}" for name in was.fired if name not in would.fired]
+    return " ".join(only) or "what came before"
+
+
+def _levers(levers: Levers | None) -> str:
+    """Return an order in a few letters: alpha, then what lies beside it."""
+    if levers is None:
+        return MISSING
+    beside = (("clip ", levers.clip), ("lr x", levers.learning_rate_scale))
+    return ", ".join([f"{levers.alpha:g}", *(f"{name}{value:g}" for name, value in beside if value is not None)])
