@@ -325,6 +325,13 @@ class Guard:
         self._lock = threading.Lock()
         self._checks = threading.BoundedSemaphore(CHECKS)
         self._turns: dict[str, tuple[threading.Lock, int]] = {}  # address -> (its turn, checks in hand)
+        self._closed = False
+
+    def close(self) -> None:
+        """Begin no further check, and wait for those that run: Python aborts when it ends beneath bcrypt's Rust."""
+        self._closed = True
+        for _ in range(CHECKS):
+            self._checks.acquire()
 
     def admit(self, users: Mapping[str, bytes], authorization: str, address: str) -> Answer:
         """Say whether an ``Authorization`` header names a user and his password."""
@@ -345,6 +352,8 @@ class Guard:
                 answer = self._remembered(key)  # another request of the same client may have been first
                 if answer is None:
                     with self._checks:
+                        if self._closed:
+                            return "busy"
                         answer = _matches(password, hashed) and known
                     self._remember(key, answer)
         return "granted" if answer else "refused"

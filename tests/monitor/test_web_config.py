@@ -8,6 +8,7 @@ import http.client
 import shutil
 import ssl
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -324,6 +325,30 @@ def test_wrong_passwords_do_not_push_out_the_right_one(monkeypatch: pytest.Monke
     checks.clear()
     assert guard.admit(users, basic("anna", PASSWORD), "a") == "granted"
     assert checks == []
+
+
+ENDS_WHILE_PASSWORDS_ARE_CHECKED = """
+import base64, itertools, threading, time
+import bcrypt
+from rksp_monitor.web_config import Guard
+
+guard, users = Guard(), {"anna": bcrypt.hashpw(b"x", bcrypt.gensalt(4))}
+
+def guess(client):
+    for number in itertools.count():
+        guard.admit(users, "Basic " + base64.b64encode(f"anna:{number}".encode()).decode(), client)
+
+for client in "abcd":
+    threading.Thread(target=guess, args=(client,), daemon=True).start()
+time.sleep(0.2)
+guard.close()
+"""
+
+
+def test_the_process_ends_well_while_passwords_are_checked():
+    """Without `Guard.close` it is aborted: a thread that comes back from Rust finds no interpreter."""
+    process = subprocess.run([sys.executable, "-c", ENDS_WHILE_PASSWORDS_ARE_CHECKED], capture_output=True, timeout=60)
+    assert (process.returncode, process.stderr) == (0, b"")
 
 
 def count_checks(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
