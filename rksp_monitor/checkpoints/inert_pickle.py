@@ -131,6 +131,8 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _made(named: Any, arguments: Any) -> Any:
+    if isinstance(named, Made):  # a method, which `getattr` would have found
+        return Made(f"a call of {named.name}", arguments)
     if not isinstance(named, Named) or type(arguments) is not tuple:
         raise pickle.UnpicklingError("calls what is no name")
     if named.name in _DICTIONARIES:
