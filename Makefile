@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODELS ?= models
 RUNS ?= runs
 
-.PHONY: demo test check lint setup bench clean
+.PHONY: demo test check lint setup bench soak clean
 
 demo: setup  ## preflight of a pretrained model on real text, then one unstable run with and without the loop
 	$(BIN)/python scripts/real_models.py $(MODELS)
@@ -32,13 +32,19 @@ bench: setup  ## every figure of the README and the CHANGELOG
 	$(BIN)/python benchmarks/kss_overhead.py
 	$(BIN)/python benchmarks/mamba_scan.py
 	$(BIN)/python benchmarks/norm_speed.py
+	$(BIN)/python benchmarks/checkpoint_bytes.py
+	$(BIN)/python benchmarks/scan_cost.py
+	$(BIN)/python benchmarks/scrape.py
+
+soak: setup  ## the watcher's promises at full length: kills, broken files, 5000 checkpoints of 50 runs, faults (about an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
 setup: .venv/.installed
 
 # torch comes from constraints.txt: an open range would pull a build with CUDA, several gigabytes.
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev,hf,lightning,trainer]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev,hf,lightning,parquet,trainer]' --constraint constraints.txt
 	touch $@
 
 clean:

@@ -124,8 +124,8 @@ class Session:
                 poll_interval=self.settings.poll_interval,
             )
             stack.callback(self._part)
-            self._notifier.send("READY=1")
-            stack.callback(self._notifier.send, "STOPPING=1")
+            self._notifier.ready()
+            stack.callback(self._notifier.stopping)
             self._supervise(task)
             self._part()
             return self._exit_code(task)
@@ -144,7 +144,7 @@ class Session:
             if task.fail_fast and failed:
                 return
             self._beat()
-            self._wake.wait(min(BEAT_SECONDS, BEAT_SECONDS))
+            self._wake.wait(min(BEAT_SECONDS, self._notifier.watchdog_interval or BEAT_SECONDS))
 
     def _adopt(self, task: Task) -> None:
         """Start the runs that are new, end those that are gone or were given other settings."""
@@ -182,7 +182,7 @@ class Session:
         runs = list(self._runs.values())
         self._heartbeat = max((run.heartbeat for run in runs if run.alive), default=time.monotonic())
         if self._lives():
-            self._notifier.send("WATCHDOG=1")
+            self._notifier.watchdog()
         worst = max(runs, key=lambda run: run.level, default=None)
         if len(runs) == 1:
             self._notifier.status(runs[0].status)
@@ -267,7 +267,7 @@ class Session:
         if not self._hangup.is_set():
             return
         self._hangup.clear()
-        self._notifier.send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self._notifier.reloading()
         try:
             fresh = self._read()
             fixed = [name for name in FIXED if getattr(fresh, name) != getattr(self.settings, name)]
@@ -281,7 +281,7 @@ class Session:
             self._log.error("settings not reloaded", problem=str(error))
             return
         finally:
-            self._notifier.send("READY=1")
+            self._notifier.ready()
         self._roster.close()
         self.settings, self._roster = fresh, roster
         self._log.info("settings reloaded", runs=len(roster.runs))
