@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +21,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from rksp_core.profile_writer import FOLDER as PROFILES
-from rksp_monitor.checkpoints.names import is_candidate, step_in
+from rksp_monitor.checkpoints.names import is_candidate, shown, step_in
 from rksp_monitor.file_events import FileEvents
 from rksp_monitor.filesystem import filesystem_of
 from rksp_monitor.listing import names_in
@@ -239,7 +238,7 @@ class _Room:
         if is_candidate(name):
             return name not in FOLDERS
         if not name.isprintable() and step_in(name) is not None and not _is_text(name):
-            self.unreadable[name] = f"{name!a} in {self._place.folder} is no UTF-8; rename it, or it is not seen"
+            self.unreadable[name] = f"{shown(name)} in {self._place.folder} is no UTF-8; rename it, or it is not seen"
         return False
 
     def _forget(self, name: str) -> None:
@@ -301,10 +300,9 @@ class _Pulse:
 def _place(folder: Path, run: Path) -> Place:
     """Say what a look at something in the folder needs to know.
 
-    Checkpoints may lie in the run folder, and in the folder itself: whoever made it a link to a larger disk did so for
-    all of them.
+    No link in it may lead out of the run folder; or out of itself, where it is a link to a larger disk.
     """
     if not is_local(folder):
-        return Place(folder)
-    roots = tuple(dict.fromkeys((os.path.realpath(run), os.path.realpath(folder))))
-    return Place(folder, roots, inodes=not filesystem_of(folder).startswith("fuse"))
+        return Place(folder, run)
+    home = run if folder.resolve().is_relative_to(run.resolve()) else folder
+    return Place(folder, home, inodes=not filesystem_of(folder).startswith("fuse"))

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint
 from rksp_core.profile_writer import FOLDER as PROFILES
-from rksp_monitor.checkpoints import FORMATS, Kind, format_of
+from rksp_monitor.checkpoints import FORMATS, Kind, format_of, outside
 from rksp_monitor.checkpoints.completeness import Completeness
-from rksp_monitor.checkpoints.names import step_in
+from rksp_monitor.checkpoints.names import shown, step_in
 from rksp_monitor.listing import versions
 from rksp_monitor.remote import appears_whole, driver_errors, is_local
 
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a line break in a name would forge a line of a log
 LARGEST_DESCRIPTION = 2**24
 
 
@@ -46,11 +43,11 @@ class Sighting:
 class Place:
     """A folder that holds checkpoints, and what a look at one of them needs to know of it.
 
-    ``roots`` are the resolved folders that a checkpoint may lie in; ``inodes`` says whether they mean anything here.
+    ``home`` is the folder that no link may lead out of; ``inodes`` says whether they mean anything here.
     """
 
     folder: Path
-    roots: Sequence[str] = ()
+    home: Path
     inodes: bool = True
 
 
@@ -67,18 +64,12 @@ def look(path: Path, place: Place, before: Sighting | None = None) -> Sighting |
     except OSError as error:
         if before is not None and before.complete:
             return before  # nothing says that it changed; replay will say the same should it try
-        return _unread(path, f"{path.name} cannot be read: {error.strerror or error}")
+        return _unread(path, f"{shown(path.name)} cannot be read: {error.strerror or error}")
 
 
 def _look(path: Path, place: Place, before: Sighting | None) -> Sighting | None:
-    if is_local(path) and path.is_symlink():
-        target = os.path.realpath(path)
-        if not _inside(target, place.roots):
-            return _unread(path, f"{path.name} is a link to {_printed(target)}, out of the run folder", refused=True)
-        if any(Path(target).parent == Path(root) for root in place.roots) and Path(target).name != path.name:
-            return None  # ``latest -> step-100``, which is seen itself
-    if _CONTROL.search(path.name):
-        return _unread(path, f"{_printed(path.name)} has a line break or another control character", refused=True)
+    if step_in(path.name) is None and is_local(path) and path.is_symlink():
+        return None  # ``latest``: another name of what is seen itself
     name = before.format if before is not None and before.format else format_of(path)
     if name is None:
         return None
@@ -93,9 +84,11 @@ def _look(path: Path, place: Place, before: Sighting | None) -> Sighting | None:
     step = before.step if before is not None else known.step(path)
     if step is None:
         return None
-    stray = _stray(path, files, place.roots)
+    stray = outside(path, place.home)
     if stray is not None:
-        return _unread(path, f"{path.name}: {stray} is a link out of the run folder", refused=True)
+        where = "" if stray == path else f": {shown(stray.name)}"
+        problem = f"{shown(path.name)}{where} is or lies behind a link out of the run folder, and is not read"
+        return Sighting(path, name, known.KIND, step, fingerprint, complete=False, problem=problem, refused=True)
     try:
         found = known.is_complete(path)
     except ExpiredCheckpoint:
@@ -137,26 +130,8 @@ def _is_ours(marker: Path) -> bool:
         return False
 
 
-def _stray(path: Path, files: Iterable[Path], roots: Sequence[str]) -> str | None:
-    """Return the name of a file of the checkpoint that lies elsewhere, through a link of its own or of a folder."""
-    if not is_local(path):
-        return None
-    folders = {file.parent for file in files if file != path}
-    links = [*(folder for folder in folders if folder != path), *(file for file in files if file.is_symlink())]
-    return next((_printed(link.name) for link in links if not _inside(os.path.realpath(link), roots)), None)
-
-
-def _inside(target: str, roots: Sequence[str]) -> bool:
-    return not roots or any(target == root or target.startswith(root.rstrip("/") + "/") for root in roots)
-
-
-def _unread(path: Path, problem: str, *, refused: bool = False) -> Sighting | None:
+def _unread(path: Path, problem: str) -> Sighting | None:
     """Return what can be said of a path that is not looked into: nothing, when its name states no step."""
-    step = step_in(_CONTROL.sub("", path.name))
+    step = step_in(path.name)
     kind: Kind = "profile" if path.parent.name == PROFILES else "checkpoint"
-    return None if step is None else Sighting(path, "", kind, step, "", False, problem=problem, refused=refused)
-
-
-def _printed(name: str) -> str:
-    """Return a name that a stranger chose, as one line of plain text."""
-    return name if name.isprintable() else ascii(name)
+    return None if step is None else Sighting(path, "", kind, step, "", complete=False, problem=problem)
