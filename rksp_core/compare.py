@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from rksp_core.errors import ProfileError
-from rksp_core.features import features
+from rksp_core.features import figures
 from rksp_core.profile import LayerProfile, ModelProfile
+from rksp_core.wasserstein import distances, wasserstein
 
 SCHEMA = "rksp.compare/1"
 
@@ -24,6 +26,8 @@ FIELDS = {
 }
 NOTABLE_SHARE = 0.02  # the spread of near-unit mass over five probe batches was .003 to .018
 NOTABLE_FACTOR = 1.1
+NOTABLE_DISTANCE = 0.02  # of moduli around 1, where a share of .02 of the modes crosses a threshold; not measured
+NOTABLE_SIGMAS = 3.0
 
 
 @dataclass(frozen=True)
@@ -38,27 +42,65 @@ class Comparison:
         before, after = self.baseline.layers[index], self.profile.layers[index]
         return {name: _difference(getattr(after, name), getattr(before, name)) for name in FIELDS}
 
+    def distance(self, index: int) -> float | None:
+        """Return the Wasserstein-1 distance of one layer's eigenvalue moduli; None where either is unknown."""
+        before, after = self.baseline.layers[index].modulus_quantiles, self.profile.layers[index].modulus_quantiles
+        return None if before is None or after is None else wasserstein(after, before)
+
     @property
     def drift(self) -> dict[str, dict[str, float | None]]:
-        """Return {feature of `rksp_core.drift`: {baseline, value, change}} over the layers."""
-        before, after = features(self.baseline), features(self.profile)
-        return {
-            name: {
-                "baseline": before.get(name),
-                "value": after.get(name),
-                "change": _difference(after.get(name), before.get(name)),
-            }
-            for name in sorted(before.keys() | after.keys())
-        }
+        """Return {name: {baseline, value, change, sigmas}} over the layers.
+
+        Names are those of `rksp_core.features`; a distance has a change alone. ``sigmas`` is the change over the noise
+        of both profiles, None where one of them was not measured.
+        """
+        before, after = figures(self.baseline), figures(self.profile)
+        rows: dict[str, dict[str, float | None]] = {}
+        for name in sorted(before.numbers.keys() | after.numbers.keys()):
+            values = before.numbers.get(name), after.numbers.get(name)
+            rows[name] = {"baseline": values[0], "value": values[1], "change": _difference(values[1], values[0])}
+        for name, distance in distances(after.curves, before.curves).items():
+            rows[name] = {"baseline": None, "value": None, "change": distance}
+        for name, row in rows.items():
+            known = name in before.noise and name in after.noise
+            noise = math.hypot(before.noise[name], after.noise[name]) if known else 0.0
+            row["sigmas"] = None if row["change"] is None or noise == 0.0 else row["change"] / noise
+        return rows
 
     @property
     def explanation(self) -> list[str]:
-        """Return a sentence for each field that moved, the layer that moved most in it, and its statuses."""
+        """Return a sentence for each field that moved, the layer that moved most in it, its statuses, and the noise."""
         sentences = [text for name in FIELDS if (text := self._explain(name)) is not None]
+        sentences += self._explain_distances()
         for before, after in zip(self.baseline.layers, self.profile.layers, strict=True):
             if before.status != after.status:
                 sentences.append(f"{after.layer} was {', '.join(before.status)} and is {', '.join(after.status)}")
-        return sentences or ["no layer moved by more than the spread of probe batches"]
+        sentences = sentences or ["no layer moved by more than the spread of probe batches"]
+        return sentences + self._explain_sigmas()
+
+    def _explain_distances(self) -> list[str]:
+        layers = [(layer.layer, self.distance(index)) for index, layer in enumerate(self.profile.layers)]
+        known = [(name, distance) for name, distance in layers if distance is not None]
+        moved = [each for each in known if each[1] > NOTABLE_DISTANCE]
+        if not moved:
+            return []
+        layer, distance = max(moved, key=lambda each: each[1])
+        sentence = (
+            f"the moduli of the eigenvalues moved in {len(moved)} of {len(known)} layers, most in {layer}: "
+            f"by {distance:.3g} on average (Wasserstein distance)"
+        )
+        return [sentence]
+
+    def _explain_sigmas(self) -> list[str]:
+        """Return what lies beyond the noise, when both profiles know theirs."""
+        known = {name: row["sigmas"] for name, row in self.drift.items() if row["sigmas"] is not None}
+        if not known:
+            return []
+        beyond = {name: sigmas for name, sigmas in known.items() if abs(sigmas) > NOTABLE_SIGMAS}
+        if not beyond:
+            return [f"nothing over the layers moved by more than {NOTABLE_SIGMAS:g} sigmas of its measured noise"]
+        ordered = sorted(beyond.items(), key=lambda each: -abs(each[1]))
+        return [f"beyond the measured noise, in sigmas: {', '.join(f'{name} {value:+.1f}' for name, value in ordered)}"]
 
     def _explain(self, name: str) -> str | None:
         pairs = [
@@ -85,8 +127,11 @@ class Comparison:
         for index, layer in enumerate(document["layers"]):
             layer["baseline"] = _fields(self.baseline.layers[index])
             layer["change"] = self.changes(index)
+            layer["distance"] = self.distance(index)
         document["step"] = self.profile.step
         document["baseline"] = {"step": self.baseline.step, "summary": self.baseline.summary}
+        if self.baseline.noise:
+            document["baseline"]["noise"] = dict(self.baseline.noise)
         document["drift"] = self.drift
         document["explanation"] = self.explanation
         return document
