@@ -91,9 +91,15 @@ def serve(connection: Connection, workers: Mapping[str, Any]) -> None:
     """Answer until the connection closes; ``workers`` are the daemon's settings of that name."""
     import torch
 
+    import rksp_core.profiling  # noqa: F401 - all that takes long to import, scipy too
+
+    # Only now: at a niceness of 10, on two cores that four other processes kept busy, the imports took 48 s, and every
+    # checkpoint waits for them; at the usual priority they take 4 s, once.
+    _lower_priority(workers["niceness"], idle_io=workers["idle_io"])
     torch.set_num_threads(workers["threads"])
     # An operation that has no deterministic form is used all the same: its rounding is better than no profile.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # `torch.use_deterministic_algorithms` does the same and imports torch's compiler: 800 modules, 1.2 s.
+    torch.set_deterministic_debug_mode("warn")
     limit = workers["memory_limit"]
     subjects = Subjects(None if limit is None else limit * GIB)
     _send(connection, {"pid": os.getpid()})
@@ -192,9 +198,7 @@ def _main() -> None:
         signal.signal(number, signal.SIG_IGN)  # a service manager sends them to every process; the daemon decides
     os.dup2(2, 1)  # a model that prints must not write into the daemon's output
     _end_with_daemon()
-    workers = json.loads(sys.argv[2])
-    _lower_priority(workers["niceness"], idle_io=workers["idle_io"])
-    serve(Connection(int(sys.argv[1])), workers)
+    serve(Connection(int(sys.argv[1])), json.loads(sys.argv[2]))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rksp_monitor.config import Workers
 from rksp_monitor.replay import Abandoned, ReplayPool
 from rksp_monitor.subject import SubjectSettings
 from tests.monitor import tiny_model
 
+QUICK = Workers(niceness=1)  # other tests on the same machine need not come first
 SMALL = {"samples": 256, "sequences": 8, "length": 32, "device": "cpu"}
 
 
@@ -82,7 +84,7 @@ def test_a_trainers_code_is_not_mistaken_for_that_of_another_run(tmp_path: Path)
         if what == "ended":
             reasons.append(about["reason"])
 
-    with contextlib.closing(ReplayPool(report=report)) as pool:
+    with contextlib.closing(ReplayPool(QUICK, report=report)) as pool:
         for name, width in widths.items():
             settings = SubjectSettings(str(tmp_path / name / "config.yaml"), **SMALL)
             replayer = pool.replayer(name, settings, timeout=60)
@@ -103,7 +105,7 @@ def test_runs_share_a_worker_each_gets_its_own_profile_and_a_stop_ends_the_waits
         path = tmp_path / "checkpoints" / f"step-{step:08d}"
         return pool.replayer(f"run {step}", settings, timeout=60).replay(path).profile.step
 
-    with contextlib.closing(ReplayPool(stop=stop)) as pool, ThreadPoolExecutor(4) as threads:
+    with contextlib.closing(ReplayPool(QUICK, stop=stop)) as pool, ThreadPoolExecutor(4) as threads:
         assert list(threads.map(replay, (100, 200, 100, 200))) == [100, 200, 100, 200]
         assert len(pool.pids) == 1
         hanging = [threads.submit(replay, 400) for _ in range(3)]

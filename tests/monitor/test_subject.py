@@ -90,6 +90,20 @@ def test_a_profile_does_not_depend_on_what_was_profiled_before(folder: Path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_noise_is_measured_where_it_is_asked_for(folder: Path):
+    """By a forward pass of the same weights, buffers and random numbers as the profile's."""
+    settings = dataclasses.replace(HUNGRY, model="tests.monitor.tiny_model:build_drifting")
+    subject = Subject(settings)
+    plain, measured = (subject.profile(folder / "step-00000100", noise=noise) for noise in (False, True))
+    assert not plain.noise
+    assert measured.noise["near_unit_mass_mean"] > 0
+    assert dataclasses.replace(measured, noise={}) == plain
+    assert Subject(settings).profile(folder / "step-00000100", noise=True) == measured
+    assert (
+        not Subject(dataclasses.replace(settings, noise_groups=0)).profile(folder / "step-00000100", noise=True).noise
+    )
+
+
 def test_every_way_to_run_out_of_memory_is_recognised():
     text = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
     for error in (MemoryError(), torch.OutOfMemoryError("of torch"), RuntimeError(text), RuntimeError("out of memory")):
