@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.soak import broken_checkpoints, kills
+from tests.soak import broken_checkpoints, faults, kills, latency
 
 EXPERIMENTS: dict[str, Callable[..., None]] = {
     "broken": broken_checkpoints.run,
     "kills": kills.run,
+    "latency": latency.run,
+    "faults": faults.run,
 }

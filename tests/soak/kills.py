@@ -72,20 +72,29 @@ def _what_it_did(watched: Path) -> str:
     with contextlib.suppress(ValueError):
         if any(status == "processing" for _, _, _, status, _, _ in rows(watched)):
             return "in the middle of an event"
-    return "between two events, or starting"
+    return "between two events"
 
 
 def _kill_workers(watch: Watch, watched: Path, count: int, rng: random.Random) -> Counter[str]:
+    """Kill workers, some while they start; never two starts in a row, after which the watcher waits for a minute."""
     caught: Counter[str] = Counter()
+    started = True
     for _ in range(count):
         until(watch.workers, 120, "a worker was started again")
         worker = watch.workers()[0]
+        if not started:
+            until(lambda pid=worker: _has_started(watch, pid), 60, "the start of a worker")
         time.sleep(rng.uniform(0.0, LONGEST))
+        started = _has_started(watch, worker)
         with contextlib.suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
-        caught[_what_it_did(watched)] += 1
+        caught[_what_it_did(watched) if started else "starting"] += 1
         until(lambda gone=worker: gone not in watch.workers(), 60)
     return caught
+
+
+def _has_started(watch: Watch, worker: int) -> bool:
+    return any(line["pid"] == worker for line in watch.logged("replay worker started"))
 
 
 def _nothing_is_lost(report: Report, watched: Path, written: Writer) -> None:

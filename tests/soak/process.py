@@ -36,8 +36,8 @@ class Watch:
         place.mkdir(parents=True, exist_ok=True)
         self.port_file, self.log_file = place / "address", place / "log"
         self.port_file.unlink(missing_ok=True)
-        command = [*prefix, sys.executable, "-m", "rksp_monitor", "watch", *map(str, arguments)]
-        command += ["--listen", "127.0.0.1:0", "--port-file", str(self.port_file)]
+        command = [*prefix, sys.executable, "-m", "rksp_monitor", "watch"]
+        command += ["--listen", "127.0.0.1:0", "--port-file", str(self.port_file), *map(str, arguments)]
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | SETTINGS | variables
@@ -90,8 +90,8 @@ class Watch:
         return lines
 
     def workers(self) -> list[int]:
-        """Return the processes that replay checkpoints, not the keeper of shared resources that Python adds."""
-        return [pid for pid in _children(self.process.pid) if b"spawn_main" in _command(pid)]
+        """Return the processes that replay checkpoints."""
+        return [pid for pid in _children(self.process.pid) if b"replay_worker" in _command(pid)]
 
 
 class Memory(threading.Thread):
