@@ -26,7 +26,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from rksp_core.errors import ConfigError
-from rksp_monitor.web_config import OPEN, Guard, Rules, WebConfig
+from rksp_monitor.passwords import Guard
+from rksp_monitor.web_config import OPEN, Rules, WebConfig
 
 Probe = Callable[[], bool]
 Answer = tuple[HTTPStatus, Mapping[str, str], bytes]

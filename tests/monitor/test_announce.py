@@ -25,7 +25,7 @@ from structlog import wrap_logger
 from structlog.testing import CapturingLogger, LogCapture
 
 from rksp_core.errors import ConfigError
-from rksp_monitor import announce
+from rksp_monitor import hook
 from rksp_monitor.announce import DROPPED, FAILED, SENT, Announcer
 from rksp_monitor.announce_settings import EVENTS, Hook, Webhook
 from tests.monitor.certificates import make_certificate
@@ -365,7 +365,7 @@ def test_a_hook_reads_the_event_and_knows_event_and_run(tmp_path: Path, monkeypa
     told.announcer.announce("checkpoint_failed", "a\nb", {"path": "x" * 200_000})
     told.announcer.close(20)
     assert told.counts == {("a\nb", SENT): 1}
-    assert len(told.of("output")[0]["text"]) == announce.OUTPUT
+    assert len(told.of("output")[0]["text"]) == hook.OUTPUT
     told = announcing(Hook(command=(sys.executable, "-c", code, "$(touch here); *")))
     told.announcer.announce("checkpoint_failed", "a\nb", {"path": "x"})
     told.announcer.close(20)
@@ -403,7 +403,7 @@ time.sleep(600)
 
 
 def test_a_hook_that_takes_too_long_is_ended_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(announce, "GRACE", 0.1)
+    monkeypatch.setattr(hook, "GRACE", 0.1)
     told = announcing(Hook(command=(sys.executable, "-c", FAMILY, str(tmp_path / "ids")), timeout=2.0))
     told.announcer.announce("order", "r", {})
     eventually(lambda: bool(told.counts))

@@ -18,9 +18,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from rksp_core.errors import ConfigError
-from rksp_monitor import web_config
+from rksp_monitor import passwords, web_config
 from rksp_monitor.endpoint import serve
-from rksp_monitor.web_config import REMEMBERED, WAITING, Guard, WebConfig
+from rksp_monitor.passwords import REMEMBERED, WAITING, Guard
+from rksp_monitor.web_config import WebConfig
 from tests.monitor.certificates import make_certificate
 
 PASSWORD = "correct horse"
@@ -294,7 +295,7 @@ def test_a_flood_of_wrong_passwords_waits_behind_itself_only(monkeypatch: pytest
             assert go.wait(20)
         return password == PASSWORD.encode()
 
-    monkeypatch.setattr(web_config.bcrypt, "checkpw", slow)
+    monkeypatch.setattr(passwords.bcrypt, "checkpw", slow)
     guard, users = Guard(), {"anna": HASH.encode()}
     assert guard.admit(users, basic("anna", PASSWORD), "flood") == "granted"
     answers: list[str] = []
@@ -330,7 +331,7 @@ def test_wrong_passwords_do_not_push_out_the_right_one(monkeypatch: pytest.Monke
 ENDS_WHILE_PASSWORDS_ARE_CHECKED = """
 import base64, itertools, threading, time
 import bcrypt
-from rksp_monitor.web_config import Guard
+from rksp_monitor.passwords import Guard
 
 guard, users = Guard(), {"anna": bcrypt.hashpw(b"x", bcrypt.gensalt(4))}
 
@@ -360,5 +361,5 @@ def count_checks(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         checks.append(password)
         return real(password, hashed)
 
-    monkeypatch.setattr(web_config.bcrypt, "checkpw", noting)
+    monkeypatch.setattr(passwords.bcrypt, "checkpw", noting)
     return checks
