@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # What wrappers put into names, at the front or in the middle: DistributedDataParallel, torch.compile, FSDP,
 # activation checkpointing.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+PREFERRED = ("", "model.")  # of several copies of the model, such as averaged weights
 LISTED = 3  # names in a message
 
 
@@ -45,7 +46,7 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> No
 
     name = shown(name)
     wanted = module.state_dict(keep_vars=False)
-    places = _places(wanted, weights, {key for key, _ in module.named_buffers()})
+    places = _places(wanted, weights, {key for key, _ in module.named_buffers()}, name)
     shared = _sharing_storage(wanted, places)
     missing = [key for key in wanted if key not in places and key not in shared]
     unexpected = [key for key in places if key not in wanted]
@@ -72,34 +73,40 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> No
             wanted[key].copy_(weights[place])
 
 
-def _places(wanted: Iterable[str], weights: Iterable[str], buffers: set[str]) -> dict[str, str]:
+def _places(wanted: Iterable[str], weights: Iterable[str], buffers: set[str], name: str) -> dict[str, str]:
     """Return {name in the model: name in the checkpoint}, and unexpected names as themselves.
 
-    The prefix that fits most of the model's names is taken off. When it is not empty, names that do not carry it are
-    left out; so are names of buffers that the model has and does not store.
+    Names beside the prefix (`_prefix`) are left out; so are those of buffers that the model has and does not store.
     """
     by_plain = {_plain(key): key for key in wanted}
     plain = {_plain(key): key for key in weights}
     if len(by_plain) < len(list(wanted)) or len(plain) < len(list(weights)):  # names that differ by a wrapper alone
         by_plain, plain = {key: key for key in wanted}, {key: key for key in weights}
-    prefix = _prefix(by_plain, plain)
+    prefix = _prefix(by_plain, plain, name)
     places = {}
     for key, place in plain.items():
         if key.startswith(prefix):
-            own = by_plain.get(key.removeprefix(prefix), key.removeprefix(prefix) if prefix else place)
-            places[own] = place
-    return {key: place for key, place in places.items() if key in by_plain.values() or key not in buffers}
+            places[by_plain.get(key.removeprefix(prefix), place)] = place
+    known = set(by_plain.values())
+    return {key: place for key, place in places.items() if key in known or key not in buffers}
 
 
-def _prefix(wanted: Mapping[str, str], found: Iterable[str]) -> str:
-    """Return the prefix under which most of the wanted names are found; the shortest of those that fit alike."""
+def _prefix(wanted: Mapping[str, str], found: Iterable[str], name: str) -> str:
+    """Return the prefix under which most of the model's names are found, when those are at least half of them."""
     fitting: Counter[str] = Counter()
     for key in found:
         parts = key.split(".")
         for cut in range(len(parts)):
             if ".".join(parts[cut:]) in wanted:
                 fitting[".".join([*parts[:cut], ""]) if cut else ""] += 1
-    return min(fitting, key=lambda prefix: (-fitting[prefix], prefix.count("."), prefix), default="")
+    most = max(fitting.values(), default=0)
+    best = sorted(prefix for prefix in fitting if fitting[prefix] == most and 2 * most >= len(wanted))
+    preferred = next((prefix for prefix in PREFERRED if prefix in best), None)
+    if preferred is None and len(best) > 1:
+        raise CorruptCheckpoint(
+            f"{name} holds the model {len(best)} times, under {_some(best)}; save one of them, or call it model"
+        )
+    return "" if not best else best[0] if preferred is None else preferred
 
 
 def _plain(key: str) -> str:
