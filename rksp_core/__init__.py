@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rksp_core.kss import KSSRegularizer, kss_loss
     from rksp_core.limits import Limits
     from rksp_core.moments import Moments
+    from rksp_core.noise import profile_noise
     from rksp_core.orders import Desired, KSSSettings
     from rksp_core.profile import LayerProfile, ModelProfile
     from rksp_core.profile_writer import ProfileWriter
@@ -38,6 +39,7 @@ _HOME = {
     "kreiss_constant": "kreiss",
     "kss_loss": "kss",
     "profile_model": "profiling",
+    "profile_noise": "noise",
     "transient_growth": "kreiss",
 }
 
@@ -58,6 +60,7 @@ __all__ = [
     "kreiss_constant",
     "kss_loss",
     "profile_model",
+    "profile_noise",
     "transient_growth",
 ]
 

@@ -16,6 +16,7 @@ from rksp_core import LayerProfile, ModelProfile, Moments, ProfileWriter, profil
 from rksp_core.errors import ProfileError
 from rksp_core.profile import SUMMARY_FIELDS, ReliableMasses
 from rksp_core.profiling import profile_layer
+from rksp_core.wasserstein import modulus_quantiles
 
 from .oracle import algorithm_1
 from .planted import spectral_distance
@@ -74,7 +75,7 @@ def test_a_value_that_is_not_known_is_left_out_of_the_summary(profile: ModelProf
 
 @pytest.mark.parametrize("suffix", ["json", "npz"])
 def test_round_trip(profile: ModelProfile, tmp_path: Path, suffix: str) -> None:
-    stamped = dataclasses.replace(profile, step=7, loss=1.5, gradient_norm=None)
+    stamped = dataclasses.replace(profile, step=7, loss=1.5, gradient_norm=None, noise={"near_unit_mass_min": 0.01})
     stamped.save(tmp_path / f"profile.{suffix}")
     assert ModelProfile.load(tmp_path / f"profile.{suffix}") == stamped
 
@@ -124,6 +125,43 @@ def test_a_number_that_json_does_not_have_is_refused(profile: ModelProfile, tmp_
     path.write_text(json.dumps(document))
     with pytest.raises(ProfileError, match=r"profile\.json cannot be read as a profile \(NaN is no number"):
         ModelProfile.load(path)
+
+
+def test_the_quantiles_are_those_of_the_eigenvalues_and_are_always_stored(profile: ModelProfile) -> None:
+    for layer, stored in zip(profile.layers, profile.to_dict(eigenvalues=False)["layers"], strict=True):
+        assert layer.modulus_quantiles == modulus_quantiles(layer.eigenvalues)
+        assert stored["modulus_quantiles"] == list(layer.modulus_quantiles)
+        assert stored["modulus_quantiles"][-1] <= layer.spectral_radius * (1 + 1e-5)
+
+
+def test_a_profile_of_before_quantiles_and_noise_is_read(profile: ModelProfile) -> None:
+    document = profile.to_dict()
+    for layer in document["layers"]:
+        del layer["modulus_quantiles"]
+    read = ModelProfile.from_dict(document)
+    assert [layer.modulus_quantiles for layer in read.layers] == [None] * 4
+    assert read.noise == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modulus_quantiles": [1.0] * 31}, "modulus_quantiles must be 32 numbers or null"),
+        ({"modulus_quantiles": [1.0] * 31 + ["a"]}, "modulus_quantiles must be a number, got 'a'"),
+        ({"modulus_quantiles": "x" * 32}, "modulus_quantiles must be 32 numbers or null"),
+    ],
+)
+def test_quantiles_that_are_none_are_one_clear_sentence(profile: ModelProfile, change: dict, message: str) -> None:
+    document = profile.to_dict()
+    document["layers"][0] |= change
+    with pytest.raises(ProfileError, match=message):
+        ModelProfile.from_dict(document)
+
+
+@pytest.mark.parametrize("noise", [{"loss": "a"}, {"loss": None}, [1.0], 3])
+def test_noise_that_is_none_is_one_clear_sentence(profile: ModelProfile, noise: object) -> None:
+    with pytest.raises(ProfileError, match="the profile document is damaged"):
+        ModelProfile.from_dict(profile.to_dict() | {"noise": noise})
 
 
 @pytest.mark.parametrize(

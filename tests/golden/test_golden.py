@@ -15,6 +15,8 @@ def test_the_profile_of_a_layer() -> None:
     got = layer_profile()
     got, expected = got | got.pop("reliable"), expected | expected.pop("reliable")
     assert set(got) == set(expected)
+    # Stored to six digits: a last one may round the other way.
+    assert got.pop("modulus_quantiles") == pytest.approx(expected.pop("modulus_quantiles"), rel=1e-5)
     for name, value in expected.items():
         # Another LAPACK rounds differently, and the eigenvectors (condition 923 here) amplify that.
         assert got[name] == (pytest.approx(value, rel=1e-8) if isinstance(value, float) else value), name
