@@ -1,9 +1,9 @@
 """Tells webhooks and commands what happened, in the background.
 
 Every receiver has a thread and a bounded queue of its own, so a dead one blocks nobody and takes no more memory.
-Events reach a receiver in order, sometimes twice, and not at all when every attempt failed or too many waited; what waits
-when the process ends is tried for a moment more and then given up: delivery does not survive a restart. All of it is
-counted, and whoever must not miss anything reads the ledger.
+Events reach a receiver in order, sometimes twice, and not at all when every attempt failed or too many waited. What
+waits when the process ends is tried for a moment more and then given up. Delivery does not survive a restart.
+All of it is counted, and whoever must not miss anything reads the ledger.
 
 Each event is a document "rksp.event/1" (``schemas/event.json``). A webhook gets it as the body of a POST with the
 headers of https://www.standardwebhooks.com: ``webhook-id`` (the same at each attempt, for the receiver to drop
