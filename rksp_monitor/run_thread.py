@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rksp_core.control import ControlWriter
 from rksp_core.errors import ConfigError, RkspError
-from rksp_monitor.config import RunEntry
+from rksp_monitor.config import RunEntry, RunSettings
 from rksp_monitor.discovery import Scanner
 from rksp_monitor.filesystem import describe
 from rksp_monitor.ledger import open_ledger
@@ -167,12 +167,13 @@ class RunThread:
             if self._new_baseline:
                 ledger.forget("drift/checkpoint", "drift/profile", "policy")
                 self._new_baseline = False
-            subject = None if run.model is None else self._subject(run, run.model)
+            subject, timeout = subject_of(run, self.settings), self.settings.replay.timeout
+            replayer = None if subject is None else self._pool.replayer(run.name, subject, timeout=timeout)
             self._watcher = RunWatcher(
                 run,
                 self.settings,
                 ledger=ledger,
-                replayer=subject and self._pool.replayer(run.name, subject, timeout=self.settings.replay.timeout),
+                replayer=replayer,
                 control=self._control(run),
                 around=self._around,
                 ending=self._ending,
@@ -229,27 +230,30 @@ class RunThread:
             self._ending.wake.wait(min(1.0, self._around.poll_interval))
         return False
 
-    def _subject(self, run: Run, model: str) -> SubjectSettings:
-        settings, replay = self.settings, self.settings.replay
-        return SubjectSettings(
-            model=model,
-            arguments=settings.arguments,
-            probe=None if run.probe is None else str(run.probe),
-            seed=settings.seed,
-            device=settings.device,
-            samples=replay.samples,
-            sequences=replay.sequences,
-            length=replay.length,
-            blocks=settings.blocks,
-            micro_batch=replay.micro_batch,
-            cpu_fallback=replay.cpu_fallback,
-            trust_pickle=settings.trust_pickle,
-            noise_groups=replay.noise_groups,
-        )
-
     def _control(self, run: Run) -> ControlWriter | None:
         if run.control is None:
             if self.settings.enforce:
                 raise ConfigError(f"orders for {run.folder} have nowhere to go; name a local control.folder")
             return None
         return ControlWriter(run.control, mode=int(self.settings.control.mode, 8), clock=self._around.clock)
+
+
+def subject_of(run: Run, settings: RunSettings) -> SubjectSettings | None:
+    """Return what the run's checkpoints are replayed with; None when nothing says how to build its model."""
+    if run.model is None:
+        return None
+    return SubjectSettings(
+        model=run.model,
+        arguments=settings.arguments,
+        probe=None if run.probe is None else str(run.probe),
+        seed=settings.seed,
+        device=settings.device,
+        samples=settings.replay.samples,
+        sequences=settings.replay.sequences,
+        length=settings.replay.length,
+        blocks=settings.blocks,
+        micro_batch=settings.replay.micro_batch,
+        cpu_fallback=settings.replay.cpu_fallback,
+        trust_pickle=settings.trust_pickle,
+        noise_groups=settings.replay.noise_groups,
+    )

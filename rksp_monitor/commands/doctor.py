@@ -1,4 +1,4 @@
-"""``rksp doctor``: what of this machine rksp can use, and what is missing."""
+"""``rksp doctor``: what of this machine rksp can use, what of a run it can watch, and what is missing."""
 
 from __future__ import annotations
 
@@ -6,29 +6,67 @@ import importlib.util
 import os
 import platform
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from rksp_core.errors import RkspError
+from rksp_monitor.commands.one_run import StateDir, one_run
+
 PACKAGES = ("torch", "numpy", "scipy", "safetensors", "prometheus-client", "pydantic", "watchdog", "typer")
-OPTIONAL = {"transformers": "Hugging Face models: pip install 'rksp[hf]'"}
+OPTIONAL = {
+    "transformers": "Hugging Face models: pip install 'rksp[hf]'",
+    "pyarrow": "Parquet histories: pip install 'rksp[parquet]'",
+}
 
 
 def doctor(
-    run_folder: Annotated[Path | None, typer.Argument(metavar="[RUN_FOLDER]", help="A run to check as well.")] = None,
-    listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Address that the watcher would use.")
-    ] = "127.0.0.1:9109",
+    run_folder: Annotated[
+        str | None, typer.Argument(metavar="[RUN_FOLDER]", help="A run to check as well; default: those of --config.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings that the watcher would have.")] = None,
+    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Address that the watcher would use.")] = None,
+    state_dir: StateDir = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Also read the newest checkpoint's weights into the model.")] = (
+        False
+    ),
 ) -> int:
-    """Check versions, devices, threads, the metrics address, and a run folder; exit 2 when something is wrong."""
+    """Check this machine, the settings, and each run from its folder to its trainer; exit 2 when something is wrong."""
     good = True
-    for passed, text in (*_packages(), *_machine(), *_address(listen), *_run(run_folder)):
+    for passed, text in _findings(run_folder, config, listen, state_dir, deep=deep):
         good = good and passed is not False
         print(f"{ {True: 'ok', False: 'FAIL', None: '--'}[passed]:4}  {text}")
     return 0 if good else 2
+
+
+def _findings(
+    run_folder: str | None, config: Path | None, listen: str | None, state_dir: Path | None, *, deep: bool
+) -> Iterator[tuple[bool | None, str]]:
+    from rksp_monitor.checkup import check_process, check_run
+    from rksp_monitor.config import read_settings
+    from rksp_monitor.roster import find_runs
+
+    yield from _packages()
+    yield from _machine()
+    try:
+        settings = read_settings(config, {"listen": listen, "state_dir": state_dir})
+        folders = [run_folder] if run_folder is not None else list(find_runs(settings))
+    except RkspError as error:
+        yield False, str(error)
+        return
+    if config is not None:
+        yield True, f"settings {config}: {len(settings.policy.rules)} rules, {len(settings.runs)} entries of runs"
+    yield from check_process(settings)
+    for folder in folders:
+        try:
+            run, own = one_run(folder, config, state_dir)
+            yield from check_run(run, own, deep=deep)
+        except (RkspError, OSError) as error:
+            yield False, f"{folder}: {error}"
+    if settings.runs and not folders:
+        yield None, "the patterns under `runs` find no folder yet"
 
 
 def _packages() -> Iterator[tuple[bool | None, str]]:
@@ -59,42 +97,3 @@ def _machine() -> Iterator[tuple[bool | None, str]]:
         yield None, "no CUDA device; profiles are computed on the CPU"
     promtool = shutil.which("promtool")
     yield (True if promtool else None), f"promtool: {promtool or 'not found (only needed to check rules)'}"
-
-
-def _address(listen: str) -> Iterator[tuple[bool | None, str]]:
-    from rksp_monitor.endpoint import parse_address
-
-    host, port = parse_address(listen)
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as channel:
-        channel.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            channel.bind((host, port))
-        except OSError as error:
-            yield False, f"{listen} is not free ({error.strerror}); another watcher, or choose another --listen"
-        else:
-            yield True, f"{listen} is free for the metrics endpoint"
-
-
-def _run(folder: Path | None) -> Iterator[tuple[bool | None, str]]:
-    if folder is None:
-        return
-    from rksp_monitor.config import read_settings
-    from rksp_monitor.discovery import Scanner
-    from rksp_monitor.filesystem import REMOTE, filesystem_of
-    from rksp_monitor.run import describe_run
-
-    if not folder.is_dir():
-        yield False, f"there is no run folder {folder}"
-        return
-    run = describe_run(folder, read_settings())
-    found = Scanner(folder).scan()
-    steps = [sighting.step for sighting in found]
-    span = f", steps {min(steps)} to {max(steps)}" if steps else ""
-    yield True, f"run {run.name!r}: {len(found)} checkpoints and profiles{span}"
-    yield (
-        (None if run.model is None else True),
-        f"model: {run.model or 'unknown; `rksp watch` takes --model'}",
-    )
-    yield (None if run.probe is None else True), f"probe: {run.probe or 'none; seeded random tokens would serve'}"
-    kind, writable = filesystem_of(run.ledger.parent), os.access(folder, os.W_OK)
-    yield kind not in REMOTE and writable, f"ledger {run.ledger} on {kind or 'an unknown file system'}"
