@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -24,11 +26,12 @@ from pydantic_settings import (
 )
 
 from rksp_core.errors import ConfigError, RkspError
-from rksp_core.policy import Policy
+from rksp_core.policy import LEVELS, Policy
 from rksp_monitor.announce_settings import Hook, Webhook
 
 PREFIX = "RKSP_"
 FILE_VARIABLE = "RKSP_CONFIG"
+TOLD = {"RKSP_EVENT", "RKSP_RUN"}  # to command hooks, which may call rksp themselves
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -160,6 +163,9 @@ class WatchSettings(RunSettings, BaseSettings):
     )
     fail_on: Literal["never", "elevated", "high", "critical"] = Field(
         default="never", description="Level of exit code 1."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least level of what is logged."
     )
     workers: Workers = Field(default_factory=Workers)
     webhooks: tuple[Webhook, ...] = Field(default=(), description="Addresses that events are posted to.")
@@ -331,15 +337,30 @@ def _refuse_misspelt_variables() -> None:
     }
     nested = {f"{PREFIX}{name}__{key}".upper() for name, part in sections.items() for key in part.get("properties", {})}
     for name in os.environ:
-        if name.startswith(PREFIX) and name.partition("__")[0] not in known:
+        if name.startswith(PREFIX) and name not in TOLD and name.partition("__")[0] not in known:
             near = get_close_matches(name, known | nested, 1, 0.85)
             if near:
                 raise ConfigError(f"the variable {name} names no setting; did you mean {near[0]}?")
 
 
 def _sentence(error: ValidationError) -> str:
-    """Put the first finding into a sentence."""
+    """Put the first finding into a sentence, with the nearest value where there is a choice."""
     first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "a value"
-    message = first["msg"][:1].lower() + first["msg"][1:]
-    return f"{where}: {message}, got {first['input']!r}; see `rksp config schema`"
+    # What pydantic adds to a place: that it is a key, or which form of a setting was tried.
+    parts = [str(part) for part in first["loc"] if not re.search(r"[\[\]]", str(part))]
+    message, given = first["msg"].removeprefix("Value error, "), first["input"]
+    near = _nearest_value(first, parts)
+    hint = f"did you mean {near}? See" if near else "see"
+    where = ".".join(parts) or "a value"
+    return f"{where}: {message[:1].lower()}{message[1:]}, got {given!r}; {hint} `rksp config schema`"
+
+
+def _nearest_value(finding: ErrorDetails, parts: Sequence[str]) -> str:
+    """Return the value that was probably meant, of a choice or of the levels, which are numbers; "" for none."""
+    if finding["type"] == "literal_error":
+        known = re.findall(r"'([^']*)'", finding["ctx"]["expected"])
+        return next((repr(near) for near in get_close_matches(str(finding["input"]), known, 1)), "")
+    if finding["type"] == "int_parsing" and (parts[-1] == "level" or "ladder" in parts):
+        names = get_close_matches(str(finding["input"]), LEVELS, 1)
+        return next((f"{LEVELS.index(name)} ({name})" for name in names), "")
+    return ""

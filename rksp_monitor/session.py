@@ -40,6 +40,7 @@ FIXED = (
     "hints",
     "listen",
     "web_config",
+    "log_level",
     "per_layer_metrics",
     "state_dir",
     "workers",
@@ -74,7 +75,7 @@ class Session:
         self._names: set[str] = set()
         self._ended_by = ""
         self._heartbeat = time.monotonic()
-        self._log, self._notifier = make_logger(), Notifier()
+        self._log, self._notifier = make_logger(settings.log_level), Notifier()
         self._board = Board(_build_info(), per_layer=settings.per_layer_metrics)
 
     def run(
@@ -109,7 +110,7 @@ class Session:
                 timer.daemon = True
                 timer.start()
                 stack.callback(timer.cancel)
-            announcer = Announcer(self.settings.webhooks, self.settings.hooks, self._log, count=self._count)
+            announcer = Announcer(self.settings.webhooks, self.settings.hooks, self._log, count=self._board.count)
             stack.callback(announcer.close)
             if self._serve:
                 self._open_endpoint(stack)
@@ -251,10 +252,6 @@ class Session:
 
     def _close_roster(self) -> None:
         self._roster.close()  # the one that the last reload made
-
-    def _count(self, run: str, name: str) -> None:
-        with contextlib.suppress(KeyError):  # the run is gone
-            self._board.count(run, name)
 
     # -- reload and end
 

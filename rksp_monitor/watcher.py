@@ -31,7 +31,7 @@ from rksp_core.orders import Acknowledgement
 from rksp_core.policy import LEVELS, Decision, Hold
 from rksp_core.profile import ModelProfile
 from rksp_core.reference import Reference
-from rksp_monitor.checkpoints import FORMATS, Kind
+from rksp_monitor.checkpoints import Kind, profile_file
 from rksp_monitor.config import Every, RunSettings
 from rksp_monitor.discovery import FileEvents, Scanner, Sighting, watch
 from rksp_monitor.hold import hold_file, read_hold
@@ -310,7 +310,7 @@ class RunWatcher:
     def _profile(self, event: Event) -> ModelProfile:
         """Return the event's profile: the trainer's own, or that of a replay."""
         if event.kind == "profile":
-            return ModelProfile.from_dict(FORMATS[event.format].read(event.path))
+            return ModelProfile.from_dict(profile_file.read(event.path))
         assert self._replayer is not None  # noqa: S101 - `_process` skips checkpoints otherwise
         restarts = self._replayer.restarts
         try:

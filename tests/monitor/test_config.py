@@ -113,7 +113,7 @@ MISTAKES = {
     "runs: [a]": "an entry of runs is {folder: ...}",
     "runs: a": "runs must be a list",
     "runs: [{run_id: a}]": "runs.0.folder",
-    "webhooks: [{url: 'ftp://x'}]": "webhooks.0.url",
+    "webhooks: [{url: 'ftp://x'}]": "webhooks.0.url: value error, a webhook's url is https://HOST/PATH; see",
     "workers: {nicenes: 1}": "did you mean 'workers.niceness'",
     "[1, 2]": "must hold a mapping of settings",
     "a: [": "is no YAML in line",
@@ -155,6 +155,7 @@ def test_a_variable_of_a_section_is_refused_with_the_right_form(name: str, says:
 
 def test_a_misspelt_variable_is_refused_and_a_stranger_is_not(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RKSP_IMAGE_TAG", "v1")
+    monkeypatch.setenv("RKSP_RUN", "of the event that a hook is told")
     read_settings()
     monkeypatch.setenv("RKSP_POLL_INTERVL", "3")
     with pytest.raises(ConfigError, match="RKSP_POLL_INTERVL names no setting; did you mean RKSP_POLL_INTERVAL"):
