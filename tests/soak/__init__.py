@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.soak import broken_checkpoints, faults, kills, latency
+from tests.soak import broken_checkpoints, faults, isolation, kills, latency, many
 
 EXPERIMENTS: dict[str, Callable[..., None]] = {
     "broken": broken_checkpoints.run,
     "kills": kills.run,
     "latency": latency.run,
     "faults": faults.run,
+    "isolation": isolation.run,
+    "many": many.run,
 }

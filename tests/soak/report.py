@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass
 class Report:
-    """Of one experiment; ``broken`` is what a test asserts to be empty."""
+    """Of one experiment; ``broken`` is what a test asserts to be empty, ``output`` where curves go, if anywhere."""
 
     experiment: str
+    output: Path | None = None
     broken: list[str] = field(default_factory=list)
 
     def figure(self, name: str, value: str, beside: str = "") -> None:
