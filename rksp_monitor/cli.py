@@ -109,6 +109,10 @@ def _usage(error: typer.TyperException) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "rksp"
     message = error.format_message().replace("Value error, ", "").rstrip(".")
+    if (
+        context is not None and message.startswith("No such command") and not message.endswith("?")
+    ):  # else it names the nearest one
+        message += f", only {', '.join(context.command.list_commands(context))}"
     return f"{message}; see `{command} --help`"
 
 

@@ -352,7 +352,8 @@ def _sentence(error: ValidationError) -> str:
     near = _nearest_value(first, parts)
     hint = f"did you mean {near}? See" if near else "see"
     where = ".".join(parts) or "a value"
-    return f"{where}: {message[:1].lower()}{message[1:]}, got {given!r}; {hint} `rksp config schema`"
+    got = "" if parts[:1] == ["webhooks"] else f", got {given!r}"  # an address may be a secret
+    return f"{where}: {message[:1].lower()}{message[1:]}{got}; {hint} `rksp config schema`"
 
 
 def _nearest_value(finding: ErrorDetails, parts: Sequence[str]) -> str:

@@ -41,10 +41,14 @@ def validate(
 ) -> int:
     """Check a settings file, with the RKSP_* variables of the environment over it."""
     from rksp_monitor.config import read_settings
+    from rksp_monitor.roster import find_runs
 
     settings = read_settings(path)
-    mode = "enforce" if settings.enforce else "observe"
-    print(f"{path} is valid: {len(settings.policy.rules)} rules, mode {mode}")
+    modes = {entry.enforce for entry in settings.runs} or {settings.enforce}
+    mode = "some enforce" if len(modes) > 1 else "enforce" if True in modes else "observe"
+    entries, found = len(settings.runs), len(find_runs(settings))
+    runs = f"{found} run folders by {entries} entries of `runs`" if entries else "no run of its own"
+    print(f"{path} is valid: {len(settings.policy.rules)} rules, mode {mode}, {runs}")
     return 0
 
 

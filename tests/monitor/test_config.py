@@ -113,7 +113,12 @@ MISTAKES = {
     "runs: [a]": "an entry of runs is {folder: ...}",
     "runs: a": "runs must be a list",
     "runs: [{run_id: a}]": "runs.0.folder",
-    "webhooks: [{url: 'ftp://x'}]": "webhooks.0.url: value error, a webhook's url is https://HOST/PATH; see",
+    "webhooks: [{url: 'ftp://x'}]": "webhooks.0.url: a webhook's url is https://HOST/PATH; see",
+    "webhooks: [{url: 'https://secret.example', events: [risk_levl]}]": "'stopped'; did you mean 'risk_level'? See",
+    "fail_on: hihg": "'critical', got 'hihg'; did you mean 'high'? See `rksp config schema`",
+    "backlog: lates": "backlog: input should be 'all' or 'latest', got 'lates'; did you mean 'latest'?",
+    "policy: {ladder: {hihg: {alpha: 1}}}": "policy.ladder.hihg: input should be a valid integer",
+    "policy: {rules: [{name: a, level: eleveted}]}": "got 'eleveted'; did you mean 1 (elevated)?",
     "workers: {nicenes: 1}": "did you mean 'workers.niceness'",
     "[1, 2]": "must hold a mapping of settings",
     "a: [": "is no YAML in line",
@@ -128,6 +133,7 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, capsys: pytest.Cap
     assert MISTAKES[text] in said
     assert said.count("\n") == 1
     assert str(path) in said
+    assert "secret" not in said
 
 
 def test_a_trainers_configuration_that_may_not_be_read_is_no_guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -166,3 +172,26 @@ def test_the_schema_is_json_and_describes_every_setting(capsys: pytest.CaptureFi
     assert run(["config", "schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     assert set(schema["properties"]) == set(WatchSettings.model_fields)
+
+
+def test_a_valid_file_says_how_many_runs_it_watches(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    text = f"runs: [{{folder: /data/one, enforce: true}}, {{folder: '{tmp_path}/runs/*'}}]"
+    assert run(["config", "validate", str(written(tmp_path, text))]) == 0
+    assert "rules, mode some enforce, 3 run folders by 2 entries of `runs`" in capsys.readouterr().out
+    assert run(["config", "validate", str(written(tmp_path, "enforce: true"))]) == 0
+    assert "rules, mode enforce, no run of its own" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["config", "check"], "No such command 'check', only init, validate, schema; see `rksp config --help`"),
+        (["config", "valdate"], "Did you mean 'validate'?"),
+        (["control", "hodl"], "Did you mean 'hold'?"),
+    ],
+)
+def test_an_unknown_command_names_those_there_are(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]):
+    assert run(argv) == 2
+    assert says in capsys.readouterr().err
