@@ -15,11 +15,13 @@ from typing import Any
 from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard as model
-from panels import RISK_STEPS, RISK_WORDS, SOURCE, lines, number, timeline
+from panels import RISK_STEPS, RISK_WORDS, SOURCE, Words, lines, number, timeline
 
 TARGET = Path(__file__).with_name("rksp.json")
 WATCHER = 'job=~"$job",instance=~"$instance"'
 RUN = f'{WATCHER},run=~"$run"'
+WORST = 6  # runs that a large number shows: the worst ones, of however many
+TROUBLE: Words = {0: ("no", "green"), 1: ("YES", "red")}
 
 
 def build() -> str:
@@ -71,10 +73,11 @@ def variables() -> list[Any]:
 
 
 def switch_marks() -> list[dict[str, Any]]:
-    """Vertical lines where the trainer switched KSS and where a new order was written."""
+    """Vertical lines where a risk level changed, an order was written, and the trainer switched KSS."""
     # Plain dictionaries: the SDK has no place for the Prometheus fields of an annotation (step, formats). The window
     # is twice the step, so that a switch between two evaluations is never lost.
     marks = (
+        ("Risk level changed", "rksp_risk_level", "orange", "risk level of {{run}}"),
         ("KSS switched by the trainer", "rksp_control_applied_generation", "blue", "KSS switched in {{run}}"),
         ("New order from the watcher", "rksp_control_desired_generation", "purple", "new order for {{run}}"),
     )
@@ -101,22 +104,24 @@ def rows() -> list[tuple[str, list[Any], bool]]:
         ("Risk and drift", risk(), False),
         ("Signalling", signalling(), False),
         ("Spectra", spectra(), False),
-        ("Checkpoints and replay", checkpoints(), False),
+        ("Runs, checkpoints and replay", checkpoints(), False),
         ("Layers (only when the watcher exports them)", layers(), True),
     ]
 
 
 def overview() -> list[Any]:
-    """Six numbers that must be readable from the other end of the room."""
+    """Seven numbers that must be readable from the other end of the room; of many runs, the worst ones."""
     behind = f"rksp_control_desired_generation{{{RUN}}} - rksp_control_applied_generation{{{RUN}}}"
+    age = f"time() - rksp_checkpoint_last_processed_timestamp_seconds{{{RUN}}}"
     return [
         number(
             "Risk",
-            "Risk level of each run as the policy judges it. Advisory: healthy learning moves the spectra too; "
-            "look at the loss before you act.",
-            f"rksp_risk_level{{{RUN}}}",
+            f"Risk level as the policy judges it, of the {WORST} runs where it is highest. Advisory: healthy learning "
+            "moves the spectra too; look at the loss before you act.",
+            f"topk({WORST}, rksp_risk_level{{{RUN}}})",
             steps=RISK_STEPS,
             words=RISK_WORDS,
+            width=6,
         ),
         number(
             "Watcher",
@@ -129,24 +134,35 @@ def overview() -> list[Any]:
             empty="ABSENT",
         ),
         number(
+            "Runs not watched",
+            "Runs that the watcher has suspended, for the reason in its log, and keeps trying. The others go on.",
+            f"sum(rksp_run_suspended{{{RUN}}})",
+            legend="suspended",
+            steps=((None, "green"), (1.0, "red")),
+        ),
+        number(
             "Trainer behind by",
-            "Orders that the trainer has not acknowledged (desired minus applied generation). 0: it has obeyed.",
-            behind,
+            f"Orders that the trainer has not acknowledged (desired minus applied generation), of the {WORST} runs "
+            "furthest behind. 0: it has obeyed.",
+            f"topk({WORST}, {behind})",
             steps=((None, "green"), (1.0, "red")),
             words={0: ("obeyed", "green")},
             unit="suffix: orders",
         ),
         number(
-            "Since last result",
-            "Time since a checkpoint or profile of the run was last judged. Compare with how often it writes one.",
-            f"time() - rksp_checkpoint_last_processed_timestamp_seconds{{{RUN}}}",
-            unit="s",
-            steps=((None, "green"), (1800.0, "yellow"), (3600.0, "red")),
+            "Held by a person",
+            "Runs whose policy somebody holds back or overrides; `rksp control status` says who and why.",
+            f"sum(rksp_control_held{{{RUN}}})",
+            legend="held",
+            steps=((None, "green"), (1.0, "yellow")),
         ),
         number(
-            "Last step judged",
-            "Training step of the newest checkpoint or profile that was judged.",
-            f"rksp_checkpoint_last_processed_step{{{RUN}}}",
+            "Since last result",
+            f"Time since a checkpoint or profile was last judged, of the {WORST} runs where it is longest. Compare "
+            "with how often the run writes one.",
+            f"topk({WORST}, {age})",
+            unit="s",
+            steps=((None, "green"), (1800.0, "yellow"), (3600.0, "red")),
         ),
         number(
             "Alerts firing",
@@ -163,8 +179,11 @@ def risk() -> list[Any]:
     return [
         timeline(
             "Risk level",
-            "Risk level of each run over time. Purple and blue lines mark orders and the trainer's switches.",
-            f"rksp_risk_level{{{RUN}}}",
+            "Risk level of each run over time. Orange, purple and blue lines: it changed, an order was written, the "
+            "trainer switched KSS.",
+            RISK_WORDS,
+            (f"rksp_risk_level{{{RUN}}}", "{{run}}"),
+            width=24,
         ),
         lines(
             "Drift of the near-unit mass",
@@ -187,6 +206,13 @@ def risk() -> list[Any]:
             "suffix: sigma",
             (f"rksp_drift_sigmas{{{RUN}}}", "{{run}}"),
         ),
+        lines(
+            "Distance of the spectra from the first ones",
+            "Wasserstein distance between the moduli of the eigenvalues and those of the run's first profile, of the "
+            "layer that moved furthest: 0.1 means that modes moved by 0.1 on average. Learning moves it too.",
+            "none",
+            (f"rksp_wasserstein_drift{{{RUN}}}", "{{run}}"),
+        ),
     ]
 
 
@@ -207,6 +233,24 @@ def signalling() -> list[Any]:
             "none",
             (f"rksp_control_desired_generation{{{RUN}}}", "{{run}} desired"),
             (f"rksp_control_applied_generation{{{RUN}}}", "{{run}} applied"),
+        ),
+        timeline(
+            "Held by a person, or overdue at the trainer",
+            "Held: somebody holds the policy back or orders something else. Overdue: the trainer has not answered an "
+            "order within control.acknowledge_within.",
+            TROUBLE,
+            (f"rksp_control_held{{{RUN}}}", "{{run}} held"),
+            (f"rksp_control_acknowledgement_overdue{{{RUN}}}", "{{run}} overdue"),
+        ),
+        lines(
+            "Notifications per minute",
+            "Events for webhooks and hooks: accepted, refused after all attempts, and dropped because too many waited. "
+            "Without webhooks and hooks all stay 0.",
+            "cpm",
+            *[
+                (f"60 * rate(rksp_notifications_{name}_total{{{RUN}}}[$__rate_interval])", f"{{{{run}}}} {name}")
+                for name in ("sent", "failed", "dropped")
+            ],
         ),
     ]
 
@@ -263,10 +307,29 @@ def checkpoints() -> list[Any]:
     outcomes = ("processed", "failed", "skipped", "expired")
     duration = "rksp_replay_duration_seconds_bucket"
     return [
+        timeline(
+            "Runs that cannot be watched",
+            "Runs that the watcher has suspended, for the reason in its log, and keeps trying.",
+            TROUBLE,
+            (f"rksp_run_suspended{{{RUN}}}", "{{run}}"),
+        ),
+        lines(
+            "Age of the last scan",
+            "Time since the folder of each run was last looked through. Rising for one run alone: its file system "
+            "hangs.",
+            "s",
+            (f"time() - rksp_run_last_scan_timestamp_seconds{{{RUN}}}", "{{run}}"),
+        ),
+        lines(
+            "Step of the newest result",
+            "Training step of the newest checkpoint or profile that was judged. A fall: the trainer went back.",
+            "none",
+            (f"rksp_checkpoint_last_processed_step{{{RUN}}}", "{{run}}"),
+        ),
         lines(
             "Checkpoints per minute",
-            "Checkpoints and profiles by outcome. Failed ones were retried first; expired ones were deleted by a "
-            "retention policy before they could be read.",
+            "Checkpoints and profiles by outcome. Failed ones were retried first; skipped ones are not read, or passed "
+            "over by the backlog policy; expired ones were deleted before they could be read.",
             "cpm",
             *[
                 (f"60 * rate(rksp_checkpoints_{name}_total{{{RUN}}}[$__rate_interval])", f"{{{{run}}}} {name}")

@@ -1,4 +1,4 @@
-"""The three kinds of panel of the dashboard: a large number, a band of risk levels, lines over time."""
+"""The three kinds of panel of the dashboard: a large number, bands of states, lines over time."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def number(
     steps: Steps = ((None, "blue"),),
     words: Words | None = None,
     empty: str = "no data",
+    width: int = 3,
 ) -> Any:
     """One large number a series, coloured by ``steps``; ``words`` replace values."""
     panel = (
@@ -43,27 +44,29 @@ def number(
         .text_mode(looks.BigValueTextMode.VALUE_AND_NAME)
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
         .height(5)
-        .span(4)
+        .span(width)
         .with_target(_query(expr, legend, "A").instant())
     )
     return panel.mappings(_mappings(words)) if words else panel
 
 
-def timeline(title: str, text: str, expr: str) -> Any:
-    """One band a run, coloured by risk level."""
-    return (
+def timeline(title: str, text: str, words: Words, *queries: Query, width: int = 12) -> Any:
+    """One band a series, coloured by the words that its values stand for."""
+    panel = (
         statetimeline.Panel()
         .title(title)
         .description(text)
         .datasource(SOURCE)
         .unit("none")
-        .thresholds(_thresholds(RISK_STEPS))
-        .mappings(_mappings(RISK_WORDS))
+        .thresholds(_thresholds(tuple((float(value) or None, colour) for value, (_, colour) in words.items())))
+        .mappings(_mappings(words))
         .show_value(looks.VisibilityMode.AUTO)
         .height(7)
-        .span(12)
-        .with_target(_query(expr, "{{run}}", "A").range())
+        .span(width)
     )
+    for name, (expr, legend) in zip("ABCDEF", queries, strict=False):
+        panel.with_target(_query(expr, legend, name).range())
+    return panel
 
 
 def lines(title: str, text: str, unit: str, *queries: Query) -> Any:

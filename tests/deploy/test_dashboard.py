@@ -77,8 +77,9 @@ def test_what_the_watcher_exports_is_on_the_dashboard():
     assert {definition.name for definition in METRICS} - shown == {"rksp_divergence_probability_ratio"}
 
 
-def test_switches_of_kss_are_marked():
+def test_levels_orders_and_switches_of_kss_are_marked():
     marks = " ".join(mark["expr"] for mark in DASHBOARD["annotations"]["list"])
+    assert "changes(rksp_risk_level" in marks
     assert "changes(rksp_control_applied_generation" in marks
     assert "changes(rksp_control_desired_generation" in marks
 

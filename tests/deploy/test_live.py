@@ -148,6 +148,7 @@ def _profile(mass: float, henrici: float, kreiss: float) -> ModelProfile:
             henrici_departure=henrici,
             kreiss_constant=kreiss + index,
             nonlinearity_ratio=0.4,
+            modulus_quantiles=tuple(0.4 + mass * quantile / 31 for quantile in range(32)),
         )
         for index in range(2)
     ]
