@@ -218,7 +218,7 @@ def _others(path: Path) -> str:
 _COLUMNS = tuple(f.name for f in dataclasses.fields(Row))
 
 # Columns that a ledger of the first version has not.
-_LATER = {"judged": "NULL", "evidence": "NULL", "decision": "NULL", "set_aside": "0"}
+_LATER = {"judged": "NULL", "ordinal": "0", "evidence": "NULL", "decision": "NULL", "set_aside": "0"}
 
 
 def _ledger_rows(path: Path, run: str, selection: Selection) -> Iterator[Row]:
@@ -230,7 +230,7 @@ def _ledger_rows(path: Path, run: str, selection: Selection) -> Iterator[Row]:
         judged = f"coalesce({later['judged']}, CASE WHEN status = 'done' THEN updated END)"
         found = database.execute(
             f"SELECT id, kind, step, status, {later['set_aside']} FROM events WHERE run = ? "  # noqa: S608
-            f"ORDER BY coalesce({judged}, updated), id",
+            f"ORDER BY coalesce({judged}, updated), {later['ordinal']}, id",
             (run,),
         )
         wanted = [row[0] for row in found if selection.admits(Row(row[1], row[2], row[3], set_aside=bool(row[4])))]

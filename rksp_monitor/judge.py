@@ -12,12 +12,15 @@ from typing import Any
 
 from rksp_core import policy as policies
 from rksp_core.drift import Drift, DriftState, measure, rewind
+from rksp_core.errors import ProfileError
 from rksp_core.policy import Decision, Evidence, Hold, PolicyState, decide, decree
 from rksp_core.profile import ModelProfile
 from rksp_core.reference import Reference
 from rksp_monitor.config import RunSettings
 from rksp_monitor.ledger import Event, Ledger, Outcome
 from rksp_monitor.orders import Orders
+
+KINDS = ("checkpoint", "profile")
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,10 @@ class Judge:
         settings: RunSettings,
         references: Mapping[str, Reference],
         clock: Callable[[], float],
+        warn: Callable[[str], object],
     ) -> None:
         self._ledger, self._orders, self._settings = ledger, orders, settings
-        self._references, self._clock = references, clock
+        self._references, self._clock, self._warn = dict(references), clock, warn
         stored = ledger.load("policy")
         state = PolicyState.from_dict(stored) if stored else PolicyState()
         self.state = orders.reconcile(state) if settings.enforce else state
@@ -63,16 +67,17 @@ class Judge:
             When the profile is of another probe or other settings than the run's baseline.
         """
         before, state = self._drift_state(event.kind), self.state
-        rewound, policy = None, self._settings.policy
+        policy, documents, rewound = self._settings.policy, dict[str, Any](), None
         if before is not None and event.step <= before.step and self._ledger.went_back(event):
             rewound = before.step
             kept = [Evidence.from_dict(document) for document in self._ledger.evidence_before(event)]
-            before = rewind(before, event.step, [each.drift for each in kept if each.series == event.kind])
             state = policies.rewind(state, event.step, policy, kept)
-        after, drift = measure(before, profile, event.step, self._references.get(event.kind))
+            documents = self._rewound(event.step, kept)
+            before = DriftState.from_dict(documents[f"drift/{event.kind}"])
+        after, drift = measure(before, profile, event.step, self._reference(event.kind, profile))
         evidence = Evidence(drift, self._clock(), event.kind, rewound=rewound is not None)
         state, decision = decide(state, evidence, policy, hold)
-        documents = self._documents(state, decision)
+        documents |= self._documents(state, decision)
         if after is not None:
             documents[f"drift/{event.kind}"] = after.to_dict()
         outcome = Outcome(profile.to_dict(eigenvalues=False), evidence.to_dict(), decision.to_dict())
@@ -87,6 +92,28 @@ class Judge:
             self._ledger.store(self._documents(state, decision))
             self.state = state
         return decision
+
+    def _rewound(self, step: int, kept: list[Evidence]) -> dict[str, Any]:
+        """Return the drift states, of both kinds of events, for a run that went back to before ``step``."""
+        documents = {}
+        for kind in KINDS:
+            state = self._drift_state(kind)
+            if state is not None and state.step >= step:
+                drifts = [each.drift for each in kept if each.series == kind]
+                documents[f"drift/{kind}"] = rewind(state, step, drifts).to_dict()
+        return documents
+
+    def _reference(self, kind: str, profile: ModelProfile) -> Reference | None:
+        """Return the healthy run's series; one that cannot be compared with this run is said so and dropped."""
+        reference = self._references.get(kind)
+        try:
+            if reference is not None:
+                reference.check(profile)
+        except ProfileError as error:
+            self._warn(str(error))
+            del self._references[kind]
+            return None
+        return reference
 
     def _documents(self, state: PolicyState, decision: Decision | None) -> dict[str, Any]:
         documents: dict[str, Any] = {"policy": state.to_dict()}

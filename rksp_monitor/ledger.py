@@ -40,10 +40,11 @@ CREATE TABLE IF NOT EXISTS events (
     path TEXT NOT NULL, format TEXT NOT NULL, status TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
     not_before REAL NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT '', profile TEXT,
     first_seen REAL NOT NULL, updated REAL NOT NULL,
-    judged REAL, evidence TEXT, decision TEXT, set_aside INTEGER NOT NULL DEFAULT 0,
+    judged REAL, ordinal INTEGER, evidence TEXT, decision TEXT, set_aside INTEGER NOT NULL DEFAULT 0,
     UNIQUE (run, kind, step, fingerprint, path));
 CREATE INDEX IF NOT EXISTS events_status ON events (run, status, step);
 CREATE INDEX IF NOT EXISTS events_path ON events (run, path);
+CREATE INDEX IF NOT EXISTS events_ordinal ON events (run, ordinal);
 CREATE TABLE IF NOT EXISTS state (run TEXT NOT NULL, name TEXT NOT NULL, document TEXT NOT NULL,
     PRIMARY KEY (run, name));
 """
@@ -53,6 +54,7 @@ _VERSION = 2
 _MIGRATIONS = {
     1: (
         "ALTER TABLE events ADD COLUMN judged REAL",
+        "ALTER TABLE events ADD COLUMN ordinal INTEGER",  # order of judging: a clock may step back
         "ALTER TABLE events ADD COLUMN evidence TEXT",
         "ALTER TABLE events ADD COLUMN decision TEXT",
         "ALTER TABLE events ADD COLUMN set_aside INTEGER NOT NULL DEFAULT 0",
@@ -127,7 +129,7 @@ class Ledger:
                 return self._insert(sighting, _PENDING, "seen", sighting.problem, now)
             same = "run = ? AND kind = ? AND step = ? AND path = ?"
             self._database.execute(f"DELETE FROM events WHERE {same} AND fingerprint = ?", (*key, _PENDING))  # noqa: S608
-            fresh = self._insert(sighting, sighting.fingerprint, "ready", "", now)
+            fresh = self._insert(sighting, sighting.fingerprint, "ready", "", now) or self._is_back(key, sighting, now)
             if fresh:
                 self._database.execute(
                     f"UPDATE events SET status = 'expired', error = 'written again', updated = ? "  # noqa: S608
@@ -136,6 +138,17 @@ class Ledger:
                 )
         self._recorded.add((sighting.path, sighting.fingerprint))
         return fresh
+
+    def _is_back(self, key: tuple[Any, ...], sighting: Sighting, now: float) -> bool:
+        """Make what had vanished and is there again, unchanged, ready: the disk it lies on was away, say."""
+        return (
+            self._database.execute(
+                "UPDATE events SET status = 'ready', attempts = 0, not_before = 0, error = '', updated = ? "
+                "WHERE run = ? AND kind = ? AND step = ? AND path = ? AND fingerprint = ? AND status = 'expired'",
+                (now, *key, sighting.fingerprint),
+            ).rowcount
+            == 1
+        )
 
     def _insert(self, sighting: Sighting, fingerprint: str, status: Status, error: str, now: float) -> bool:
         inserted = self._database.execute(
@@ -247,7 +260,7 @@ class Ledger:
         ).fetchone()
         last = self._database.execute(
             f"SELECT step, first_seen FROM events WHERE {same} AND set_aside = 0 "  # noqa: S608
-            "ORDER BY judged DESC, id DESC LIMIT 2",
+            "ORDER BY ordinal DESC LIMIT 2",
             who,
         ).fetchall()
         if len(last) < 2 or highest[1] is None:
@@ -260,7 +273,7 @@ class Ledger:
         """Yield the evidence of what was judged below the event's step and is not set aside, in that order."""
         rows = self._database.execute(
             "SELECT evidence FROM events WHERE run = ? AND status = 'done' AND set_aside = 0 AND step < ? "
-            "AND evidence IS NOT NULL ORDER BY judged, id",
+            "AND evidence IS NOT NULL ORDER BY ordinal",
             (self._run, event.step),
         )
         yield from (json.loads(text) for (text,) in rows)
@@ -292,7 +305,9 @@ class Ledger:
         self._move(event, "ready", error=error, not_before=self._clock() + delay)
 
     def close_event(self, event: Event, status: Status, error: str) -> None:
-        """Mark the event as failed, expired or skipped, and why."""
+        """Mark the event as failed, expired or skipped, and why; what expired may come back."""
+        if status == "expired":
+            self._recorded.discard((event.path, event.fingerprint))
         self._move(event, status, error=error)
 
     def finish(
@@ -300,17 +315,21 @@ class Ledger:
     ) -> None:
         """Mark the event as done, with what was found and decided and the states after it, in one transaction.
 
-        ``undone`` says that the trainer went back to before the event's step: what was judged of this kind at that
-        step and later is set aside.
+        ``undone`` says that the trainer went back to before the event's step: what was judged at that step and later is
+        set aside.
         """
         texts = {name: json.dumps(document) for name, document in dataclasses.asdict(outcome).items()}
         with self._transaction():
             if undone:
                 self._database.execute(
-                    "UPDATE events SET set_aside = 1 WHERE run = ? AND kind = ? AND status = 'done' AND step >= ?",
-                    (self._run, event.kind, event.step),
+                    "UPDATE events SET set_aside = 1 WHERE run = ? AND status = 'done' AND step >= ?",
+                    (self._run, event.step),
                 )
-            self._move(event, "done", error="", judged=self._clock(), **texts)
+            last, ordinal = self._database.execute(
+                "SELECT coalesce(max(judged), 0), coalesce(max(ordinal), 0) FROM events WHERE run = ?", (self._run,)
+            ).fetchone()
+            judged = max(self._clock(), last)  # never before the one before it, though the clock may step back
+            self._move(event, "done", error="", judged=judged, ordinal=ordinal + 1, **texts)
             for name, document in states.items():
                 self._store(name, document)
 

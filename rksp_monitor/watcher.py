@@ -128,11 +128,19 @@ class RunWatcher:
         self._board, self._clock = around.board, around.clock
         self._log = around.log.bind(run=run.name)
         self._orders = Orders(run.name, ledger, control)
-        self._judge = Judge(ledger, self._orders, settings, references, around.clock)
+        self._judge = Judge(
+            ledger,
+            self._orders,
+            settings,
+            references,
+            around.clock,
+            lambda problem: self._log.warning("not compared with the reference", problem=problem),
+        )
         self._scanner = Scanner(run.folder, known=ledger.known())
         self._subject = subject
         self._noted: list[Sighting] = []
         self._present: set[Path] = set()
+        self._refused: set[Path] = set()
         self._hold: Hold | None = None
         self._said: dict[str, Any] = {}
         self.judged = 0
@@ -197,6 +205,7 @@ class RunWatcher:
         """Bring the ledger up to date with a scan, whose list is the last one's when nothing changed."""
         if sightings is not self._noted:
             self._noted, self._present = sightings, {sighting.path for sighting in sightings}
+            self._refused = {sighting.path for sighting in sightings if sighting.refused}
             for sighting in sightings:
                 if self._ledger.record(sighting) and not sighting.settling:
                     self._found(sighting)
@@ -206,6 +215,8 @@ class RunWatcher:
         for event in self._ledger.events("seen", "ready"):
             if event.path not in self._present and not event.path.exists():
                 self._close(event, "expired", "it vanished before it was read")
+            elif event.path in self._refused:
+                self._close(event, "failed", event.error)
             elif event.status == "seen" and self._clock() - event.first_seen > self.settings.replay.incomplete_after:
                 self._close(event, "failed", f"it was never finished: {event.error}")
         self._export_backlog()
@@ -264,7 +275,7 @@ class RunWatcher:
         if self._ending.stop.is_set():
             raise Abandoned
         if time.monotonic() - self._last_scan > self._around.poll_interval:
-            self._note(self._scanner.scan())
+            self._note(self._scanner.scan(self._ending.tick))
             self._obey()
             self._judge_profiles()
             self._deliver()
@@ -358,7 +369,7 @@ class RunWatcher:
         """Log and announce a level that moved and an order, with the numbers that made them."""
         reason = dataclasses.asdict(decision.reason)
         if decision.level != previous:
-            moved = {"before": LEVELS[previous], "now": LEVELS[decision.level], "reason": reason}
+            moved = {"before": LEVELS[previous], "now": LEVELS[decision.level], "why": decision.explanation}
             self._log.warning("risk level", **moved)
             self._announce("risk_level", moved)
         if decision.order is not None:

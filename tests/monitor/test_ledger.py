@@ -14,7 +14,7 @@ import pytest
 
 from rksp_core.errors import ConfigError
 from rksp_monitor.discovery import Sighting
-from rksp_monitor.ledger import Ledger, Outcome, open_ledger
+from rksp_monitor.ledger import Event, Ledger, Outcome, open_ledger
 
 
 class Clock:
@@ -201,3 +201,49 @@ def test_a_remote_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("rksp_monitor.ledger.filesystem_of", lambda _: "nfs4")
     with pytest.raises(ConfigError, match="is on nfs4"), open_ledger(tmp_path / "run.sqlite3", "run"):
         pass
+
+
+def test_what_vanished_with_its_disk_and_is_back_is_judged_after_all(ledger: Ledger):
+    ledger.record(sighting(1))
+    event = ledger.next_ready()
+    assert event is not None
+    ledger.close_event(event, "expired", "it vanished before it was read")
+    assert ledger.next_ready() is None
+    assert ledger.record(sighting(1))
+    assert ledger.next_ready() is not None
+
+
+def test_the_order_of_judging_holds_though_the_clock_steps_back(ledger: Ledger, clock: Clock):
+    for step in (2, 1):
+        ledger.record(sighting(step))
+        event = ledger.next_ready()
+        assert event is not None
+        ledger.finish(event, Outcome({}, {"step": step}, {}), {})
+        clock.now -= 500
+    later = Event(9, "checkpoint", 3, "", Path(), "", "ready", 0, "", 0.0)
+    assert [one["step"] for one in ledger.evidence_before(later)] == [2, 1]
+
+
+def test_a_ledger_of_the_first_version_is_brought_up_and_keeps_what_it_holds(tmp_path: Path):
+    path = tmp_path / "run.sqlite3"
+    database = sqlite3.connect(path)
+    database.executescript(
+        """
+        CREATE TABLE events (
+            id INTEGER PRIMARY KEY, run TEXT NOT NULL, kind TEXT NOT NULL, step INTEGER NOT NULL,
+            fingerprint TEXT NOT NULL, path TEXT NOT NULL, format TEXT NOT NULL, status TEXT NOT NULL,
+            attempts INTEGER NOT NULL DEFAULT 0, not_before REAL NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT '',
+            profile TEXT, first_seen REAL NOT NULL, updated REAL NOT NULL,
+            UNIQUE (run, kind, step, fingerprint, path));
+        CREATE TABLE state (run TEXT NOT NULL, name TEXT NOT NULL, document TEXT NOT NULL, PRIMARY KEY (run, name));
+        INSERT INTO events VALUES (1, 'run', 'profile', 10, 'f', '/p', 'profile', 'done', 1, 0, '', '{}', 1, 2);
+        INSERT INTO state VALUES ('run', 'subject', '{"is": "x"}');
+        PRAGMA user_version = 1;
+        """
+    )
+    database.close()
+    for _ in range(2):
+        with open_ledger(path, "run") as ledger:
+            assert ledger.counts()["done"] == 1
+            assert ledger.load("subject") == {"is": "x"}
+            assert ledger.judged_count("profile") == 1
