@@ -3,7 +3,7 @@
 Calls become records of what would have been called (`Made`); plain values stay what they are. Which names a pickle
 may mention at all is the caller's business, so that one that would do harm is refused by name.
 
-It is the standard library's own unpickler in Python. The one in C (2.5 s instead of 9 for the 230 000 pieces of a
+It is the standard library's own unpickler in Python. The one in C (4 s instead of 10 for the 230 000 pieces of a
 large ``.metadata``) reserves whatever memory a forged number asks for: eight bytes could end the watcher, and the
 training beside it.
 """
@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 # A byte can ask for about 100 bytes of objects, so both the bytes and the objects are counted. Metadata of DCP has
 # 144 bytes and 36 objects a piece: 230 000 pieces fit, which is a model of 80 layers with its optimizer on 100 ranks.
+# They take 590 MiB while they are read, and nothing but lists, marks or tuples up to the limits takes 700 (measured).
 LARGEST = 32 * 2**20
 MOST_OBJECTS = 10**7
 MOST_DIMENSIONS = 64  # of a size, or parts of a key: a long list that many records share would take for ever

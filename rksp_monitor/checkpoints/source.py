@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,8 @@ class Source:
     def __init__(self, path: Path) -> None:
         self.name = shown(path.name)
         with reading(path):
+            if is_local(path) and not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+                raise CorruptCheckpoint(f"{self.name} is no regular file")
             self._stream: Any = path.open("rb", buffering=0) if is_local(path) else path.open("rb")
             weakref.finalize(self, self._stream.close)
             self.size: int = self._stream.seek(0, os.SEEK_END)
@@ -64,10 +67,10 @@ class Source:
     def _changed(self) -> tuple[int, int] | None:
         """Return size and time of the open file; None for a remote one, which has no descriptor."""
         try:
-            stat = os.fstat(self._stream.fileno())
+            found = os.fstat(self._stream.fileno())
         except (OSError, AttributeError):
             return None
-        return stat.st_size, stat.st_mtime_ns
+        return found.st_size, found.st_mtime_ns
 
 
 @contextlib.contextmanager

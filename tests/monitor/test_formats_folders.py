@@ -295,6 +295,15 @@ def test_links_out_of_the_run_folder_are_found(tmp_path: Path):
         FORMATS["torch"].is_complete(run / "step-3.pt")
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path):
+    folder = tmp_path / "step-1"
+    folder.mkdir()
+    os.mkfifo(folder / "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "a.safetensors"}}))
+    with pytest.raises(CorruptCheckpoint, match=r"a\.safetensors is no regular file"):
+        is_complete(folder)
+
+
 def test_permission_and_newlines_are_said(tmp_path: Path):
     path = tmp_path / "step-1\n.pt"
     torch.save({"a": torch.zeros(1)}, path)
