@@ -35,8 +35,16 @@ def check(path: Path) -> None:
             raise IncompleteCheckpoint(f"{name} is being written: there is {shown(found)}")
     before = _before(path, beside)
     for marker in FINISHED:
-        if marker not in inside and before is not None and (before / marker).is_file():
+        if marker not in inside and before is not None and _has(before, marker):
             raise IncompleteCheckpoint(f"{name} has no {marker} yet, as {shown(before.name)} has")
+
+
+def _has(folder: Path, marker: str) -> bool:
+    """Whether the marker is there; a folder that may not be looked into says nothing about the next one."""
+    try:
+        return (folder / marker).is_file()
+    except OSError:
+        return False
 
 
 def _before(path: Path, beside: set[str]) -> Path | None:

@@ -606,6 +606,6 @@ def _places(templates: Path, good: Mapping[str, Path]) -> Iterator[Case]:
 
         return make
 
-    denied = "[Pp]ermission denied|not permitted"
+    denied = "no permission|[Pp]ermission denied"
     for name in ("safetensors", "pt", "huggingface", "dcp", "sharded"):
         yield Case(f"{name}: no permission", closed(name), FAILED, denied, reads=False)

@@ -23,7 +23,7 @@ from tests.soak.process import Watch, documents, ledger, open_rows, rows, until
 from tests.soak.report import Report
 from tests.soak.stream import ARGUMENTS, MODEL, POLICY, Templates, Trainer, Writer, copy_of
 
-KILLS, SHORT = 200, 2
+KILLS, SHORT = 200, 1
 LONGEST = 4.0  # seconds that a process lives at most; its worker is ready after about 3
 
 # What depends on the hour, or on how often it was tried, and not on the run.
