@@ -122,13 +122,10 @@ def _consolidated(path: Path, archive: TorchArchive, content: Mapping[str, Any])
         starts[key] = start
         start += math.ceil(math.prod(shape) / len(flat))
     held = min(sum(_elements(group) for group in groups) for groups in flat)
-    if start > held or content.get("frozen_param_shapes"):
-        what = (
-            "has frozen parameters, which are not put together"
-            if start <= held
-            else f"holds {held} of {start} elements"
-        )
-        raise CorruptCheckpoint(f"{shown(path.name)}: each rank {what}")
+    if start > held:
+        raise CorruptCheckpoint(f"{shown(path.name)}: each rank holds {held} of {start} elements")
+    if content.get("frozen_param_shapes"):
+        raise UnsupportedCheckpoint(f"{shown(path.name)} has frozen parameters, which are not put together at stage 3")
 
     def read(key: str) -> Tensor:
         import torch

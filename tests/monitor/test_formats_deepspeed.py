@@ -141,6 +141,15 @@ def test_model_parallel_ranks_are_not_put_together(tmp_path: Path):
         read_weights(folder, trust_pickle=True)
 
 
+def test_frozen_parameters_are_said(tmp_path: Path):
+    folder = write(tmp_path, 3, 1)
+    first = folder / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    content = {"module": {}, "param_shapes": [], "ds_config": {"zero_optimization": {"stage": 3}}, "dp_world_size": 1}
+    torch.save({**content, "frozen_param_shapes": {"a": torch.Size([2])}}, first)
+    with pytest.raises(UnsupportedCheckpoint, match="has frozen parameters"):
+        read_weights(folder, trust_pickle=True)
+
+
 def test_files_of_another_kind_are_one_sentence(tmp_path: Path):
     folder = write(tmp_path, 3, 2)
     torch.save({"optimizer_state_dict": {}}, folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt")

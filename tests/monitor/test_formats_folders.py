@@ -1,8 +1,7 @@
 """Folders of weights: what real writers leave, and what they leave for a moment.
 
-Hugging Face's folders are written by transformers, shards by `torch.distributed.checkpoint`. Its Trainer's last file,
-OLMo-core's, Lightning's and Megatron's files around the shards,
-and all of orbax's and Levanter's, are laid out by hand.
+Hugging Face's folders are written by transformers, shards by `torch.distributed.checkpoint`. What OLMo-core,
+Lightning and Megatron write around the shards, and all of orbax's and Levanter's, is laid out by hand.
 """
 
 from __future__ import annotations
@@ -81,6 +80,27 @@ def test_shards_of_hugging_face_are_put_together(folder: Path):
     module.transformer.apply(lambda part: [value.data.zero_() for value in part.parameters(recurse=False)])
     load_into(module.transformer, read_weights(folder), folder.name)  # the model without its head
     assert all(torch.equal(value, inner[name]) for name, value in module.transformer.state_dict().items())
+
+
+def test_what_the_trainer_of_transformers_writes(tmp_path: Path):
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8))
+    options = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "max_steps": 2, "save_steps": 1}
+    tokens = torch.arange(8)
+    data = [{"input_ids": tokens, "labels": tokens}] * 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that its data loader would pin memory, were there a GPU
+        Trainer(model, TrainingArguments(str(tmp_path), **options), train_dataset=data).train()
+    assert sorted(step_of(path) for path in tmp_path.iterdir() if format_of(path)) == [1, 2]
+    folder = tmp_path / "checkpoint-2"
+    assert is_complete(folder)
+    wanted = {name: value.clone() for name, value in model.state_dict().items()}
+    model.apply(lambda part: [value.data.zero_() for value in part.parameters(recurse=False)])
+    load_into(model, read_weights(folder), folder.name)
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+    (folder / "trainer_state.json").unlink()
+    assert not is_complete(folder)
 
 
 def test_it_is_complete_with_every_shard_and_the_file_of_the_trainer(folder: Path):
