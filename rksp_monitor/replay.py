@@ -75,12 +75,19 @@ class ReplayPool:
         self.workers, self.report = workers or Workers(), report
         self._devices = None if devices is None else tuple(devices)
         self._stop, self._closed = stop or threading.Event(), threading.Event()
-        self._places: dict[str, _Place] = {}
+        self._places: dict[tuple[str, bool], _Place] = {}
+        self._runs: set[str] = set()
         self._lock = threading.Lock()
 
     def replayer(self, run: str, settings: SubjectSettings, *, timeout: float) -> Replayer:
         """Return what the run called ``run`` replays its checkpoints with, each within ``timeout`` seconds."""
+        self._runs.add(run)
         return Replayer(self, run, settings, timeout)
+
+    @property
+    def shared(self) -> bool:
+        """Whether several runs replay their checkpoints here."""
+        return len(self._runs) > 1
 
     @property
     def stopping(self) -> bool:
@@ -90,8 +97,8 @@ class ReplayPool:
     @property
     def pids(self) -> dict[str, int]:
         """The processes that run now, by device."""
-        workers = {device: place.worker for device, place in list(self._places.items())}
-        return {device: worker.pid for device, worker in workers.items() if worker is not None}
+        workers = {key: place.worker for key, place in list(self._places.items()) if not place.aside}
+        return {device: worker.pid for (device, _), worker in workers.items() if worker is not None}
 
     def close(self) -> None:
         """End all workers, whatever they are doing."""
@@ -101,15 +108,18 @@ class ReplayPool:
                 place.end()
             place.kill()  # a thread that hangs in its own tick did not hand it back
 
-    def join(self, device: str, last: _Place | None) -> tuple[_Place, object]:
-        """Queue up where a run of that device belongs: the shortest queue, and of equal ones the one it used last."""
+    def join(self, device: str, last: _Place | None, *, aside: bool = False) -> tuple[_Place, object]:
+        """Queue up where a run of that device belongs: the shortest queue, and of equal ones the one it used last.
+
+        ``aside`` is a queue of its own with a worker of its own, on the same device.
+        """
         with self._lock:
-            places = [self._place(name) for name in self._candidates(device)]
+            places = [self._place(name, aside=aside) for name in self._candidates(device)]
             place = min(places, key=lambda one: (one.waiting, one is not last))
             return place, place.join()
 
-    def _place(self, device: str) -> _Place:
-        return self._places.setdefault(device, _Place(device))
+    def _place(self, device: str, *, aside: bool) -> _Place:
+        return self._places.setdefault((device, aside), _Place(device, aside=aside))
 
     def _candidates(self, device: str) -> tuple[str, ...]:
         if device == "auto":
@@ -129,12 +139,15 @@ class Replayer:
     ----------
     restarts
         Workers that ended because of this run's checkpoints, and those that it found dead.
+    aside
+        Whether the last replay ended its worker: the next one gets a worker of its own, and nobody waits for it.
     """
 
     def __init__(self, pool: ReplayPool, run: str, settings: SubjectSettings, timeout: float) -> None:
         self.restarts = 0
         self._pool, self._run, self._settings, self._timeout = pool, run, settings, timeout
         self._last: _Place | None = None
+        self.aside = False
 
     def replay(self, path: Path, *, noise: bool = False, tick: Callable[[], None] = lambda: None) -> Replayed:
         """Return the profile of a checkpoint.
@@ -159,7 +172,8 @@ class Replayer:
         Abandoned
             When the daemon stops.
         """
-        place, ticket = self._pool.join(self._settings.device, self._last)
+        # What hung or killed its worker is tried again in another one, where nobody has to wait for it.
+        place, ticket = self._pool.join(self._settings.device, self._last, aside=self.aside)
         self._last = place
 
         def sign_of_life() -> None:
@@ -169,7 +183,13 @@ class Replayer:
 
         with place.turn(ticket, sign_of_life):
             sign_of_life()
-            return self._replay(place, path, noise, sign_of_life)
+            try:
+                replayed = self._replay(place, path, noise, sign_of_life)
+            finally:
+                if place.aside and place.worker is not None and place.waiting == 1:
+                    self._end(place, "nothing else is replayed aside")
+            self.aside = False
+            return replayed
 
     def _replay(self, place: _Place, path: Path, noise: bool, tick: Callable[[], None]) -> Replayed:
         settings = self._settings
@@ -203,6 +223,7 @@ class Replayer:
         except WorkerEnded as error:
             self._end(place, f"{what} {error}")
             self.restarts += 1
+            self.aside = self._pool.shared
             raise CheckpointError(f"{what} {error}") from error
         except BaseException as error:  # its answer would be taken for that of the next request
             self._end(place, f"{what} was given up ({type(error).__name__})")
@@ -239,8 +260,8 @@ class Replayer:
 class _Place:
     """One device: its worker process, if it has one, and the requests that wait for it."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, *, aside: bool = False) -> None:
+        self.device, self.aside = device, aside
         self.worker: WorkerProcess | None = None
         self._queue: deque[object] = deque()
         self._changed = threading.Condition()

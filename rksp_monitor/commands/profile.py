@@ -134,7 +134,10 @@ class _Source:
             if self._subject is None:
                 self._subject = self._build(path)
             with progress_bar() as progress:
-                return self._subject.profile(path, progress)
+                profile = self._subject.profile(path, progress)
+            for note in self._subject.notes:
+                print(f"rksp: {note}", file=sys.stderr)
+            return profile
 
     def _build(self, path: Path) -> Subject:
         """Build what the path is replayed with; a checkpoint in a run folder knows its model and probe."""

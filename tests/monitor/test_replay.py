@@ -59,7 +59,7 @@ class Station(ReplayPool):
 
     @property
     def alive(self) -> bool:
-        return self._places["cpu"].worker.alive
+        return self._places["cpu", False].worker.alive
 
     @property
     def reasons(self) -> list[str]:

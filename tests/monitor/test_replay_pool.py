@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rksp_core.errors import CheckpointError
 from rksp_monitor.config import Workers
 from rksp_monitor.replay import Abandoned, ReplayPool
 from rksp_monitor.subject import SubjectSettings
@@ -142,3 +143,24 @@ def test_a_thread_that_hangs_in_its_tick_does_not_keep_its_worker_from_ending(
         with pytest.raises(Abandoned):
             hanging.result()
     assert pool.pids == {}
+
+
+def test_a_run_whose_checkpoint_hung_is_tried_aside_and_holds_up_nobody(tmp_path: Path):
+    settings = SubjectSettings("tests.monitor.tiny_model:build_scripted", **SMALL)
+    hanging, good = tmp_path / "a", tmp_path / "b"
+    tiny_model.save_folder(hanging, 100, code=7.0)
+    tiny_model.save_folder(good, 100)
+    stop = threading.Event()
+    with contextlib.closing(ReplayPool(QUICK, stop=stop)) as pool, ThreadPoolExecutor(1) as threads:
+        others = pool.replayer("b", settings, timeout=120)
+        others.replay(good / "checkpoints" / "step-00000100")  # its worker is the one that the other run hangs next
+        with pytest.raises(CheckpointError, match="longer than 1 s"):
+            pool.replayer("a", settings, timeout=1).replay(hanging / "checkpoints" / "step-00000100")
+        trouble = pool.replayer("a", settings, timeout=120)
+        trouble.aside = True
+        again = threads.submit(trouble.replay, hanging / "checkpoints" / "step-00000100")
+        others.replay(good / "checkpoints" / "step-00000100")
+        assert not again.done(), "the good run had to wait for the hanging one"
+        stop.set()
+        with pytest.raises(Abandoned):
+            again.result()
