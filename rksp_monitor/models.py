@@ -162,7 +162,10 @@ def import_object(reference: str, folders: Iterable[Path]) -> Callable[..., Any]
         cause = error.__cause__
         if isinstance(cause, ModuleNotFoundError) and f"{name}.".startswith(f"{cause.name}."):
             where = " or ".join(str(folder) for folder in folders)
-            raise ModelError(f"no module {cause.name!r} is installed, or in {where}; {_FORMS}") from cause
+            raise ModelError(
+                f"no module {cause.name!r} is installed, or in {where}; put its folder on PYTHONPATH if it lies elsewhere; "
+                f"{_FORMS}"
+            ) from cause
         raise
     for part in attribute.split("."):
         if not hasattr(target, part):

@@ -129,6 +129,14 @@ class Session:
             stack.callback(self._notifier.stopping)
             self._supervise(task)
             self._part()
+            for run in self._runs.values():
+                if run.name is not None:
+                    about = {
+                        "by": self._ended_by or "its task is done",
+                        "judged": run.judged,
+                        "risk": LEVELS[run.level],
+                    }
+                    self._around.announce("stopped", run.name, about)
             return self._exit_code(task)
 
     # -- the work loop

@@ -57,8 +57,9 @@ class Watcher:
         self.port_file.unlink(missing_ok=True)
         self.log = (run.parent / "log").open("ab")
         fixed = ("--listen", "127.0.0.1:0", "--port-file", str(self.port_file))
+        named = [str(run)] if folders is None else folders
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "rksp_monitor", "watch", *([str(run)] if folders is None else folders), *fixed, *flags],
+            [sys.executable, "-m", "rksp_monitor", "watch", *named, *fixed, *flags],
             stderr=self.log,
             cwd=ROOT,
             env=os.environ | SETTINGS | {"OMP_NUM_THREADS": "1"} | env,
