@@ -131,9 +131,10 @@ class Writer(threading.Thread):
         while not self._over.is_set():
             self.checkpoints += 1
             self._templates.write(self._run, 10 * self.checkpoints)
-            for _ in range(self._profiles_each):
+            for number in range(1, self._profiles_each + 1):
                 self.profiles += 1
-                write_profile(self._run, self.profiles, alarm=self.profiles % 10 == 0)
+                step = 10 * self.checkpoints + number  # between this checkpoint and the next
+                write_profile(self._run, step, alarm=self.profiles % 10 == 0)
                 self._over.wait(self._every / self._profiles_each)
 
 
