@@ -135,9 +135,10 @@ def overview() -> list[Any]:
         ),
         number(
             "Runs not watched",
-            "Runs that the watcher has suspended, for the reason in its log, and keeps trying. The others go on.",
+            "Runs that the watcher has suspended and keeps trying, or whose folder hangs; its log says why. The others "
+            "go on.",
             f"sum(rksp_run_suspended{{{RUN}}})",
-            legend="suspended",
+            legend="not watched",
             steps=((None, "green"), (1.0, "red")),
         ),
         number(
@@ -309,7 +310,7 @@ def checkpoints() -> list[Any]:
     return [
         timeline(
             "Runs that cannot be watched",
-            "Runs that the watcher has suspended, for the reason in its log, and keeps trying.",
+            "Runs that the watcher has suspended and keeps trying, or whose folder hangs; its log says why.",
             TROUBLE,
             (f"rksp_run_suspended{{{RUN}}}", "{{run}}"),
         ),
