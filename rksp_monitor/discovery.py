@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -153,6 +154,7 @@ def watch(
     """
     with contextlib.ExitStack() as stack:
         listener = None if events is None else stack.enter_context(events.listen(scanner.folder, wake))
+        least = 0.0
         while not stop.is_set():
             wake.clear()
             sightings, scanned = scanner.scan(tick), time.monotonic()
@@ -162,7 +164,9 @@ def watch(
             settling = any(sighting.settling for sighting in sightings)
             if stop.is_set():
                 return
-            if _wait(wake, min(interval, SETTLE_SECONDS) if settling else interval, tick):
+            # Runs that were taken up together must not scan together for ever: a scrape would wait for all of them.
+            share, least = random.uniform(least, 1.0), 0.9  # noqa: S311
+            if _wait(wake, share * (min(interval, SETTLE_SECONDS) if settling else interval), tick):
                 stop.wait(max(0.0, SHORTEST_WAIT - (time.monotonic() - scanned)))
 
 

@@ -163,8 +163,8 @@ def import_object(reference: str, folders: Iterable[Path]) -> Callable[..., Any]
         if isinstance(cause, ModuleNotFoundError) and f"{name}.".startswith(f"{cause.name}."):
             where = " or ".join(str(folder) for folder in folders)
             raise ModelError(
-                f"no module {cause.name!r} is installed, or in {where}; put its folder on PYTHONPATH if it lies elsewhere; "
-                f"{_FORMS}"
+                f"no module {cause.name!r} is installed, or in {where}; put its folder on PYTHONPATH if it lies "
+                f"elsewhere; {_FORMS}"
             ) from cause
         raise
     for part in attribute.split("."):

@@ -73,7 +73,8 @@ class Session:
         self._runs: dict[str, RunThread] = {}
         self._leaving: list[RunThread] = []
         self._names: set[str] = set()
-        self._ended_by = ""
+        self._ended_by, self._parted = "", False
+        self._hanging: set[str] = set()
         self._heartbeat = time.monotonic()
         self._log, self._notifier = make_logger(settings.log_level), Notifier()
         self._board = Board(_build_info(), per_layer=settings.per_layer_metrics)
@@ -124,7 +125,7 @@ class Session:
                 file_events=stack.enter_context(FileEvents(self._say_no_events)) if self.settings.hints else None,
                 poll_interval=self.settings.poll_interval,
             )
-            stack.callback(self._part)
+            stack.callback(self._part)  # also when the work loop raises
             self._notifier.ready()
             stack.callback(self._notifier.stopping)
             self._supervise(task)
@@ -192,21 +193,43 @@ class Session:
         self._heartbeat = max((run.heartbeat for run in runs if run.alive), default=time.monotonic())
         if self._lives():
             self._notifier.watchdog()
+        self._look_for_hanging(runs)
         worst = max(runs, key=lambda run: run.level, default=None)
         if len(runs) == 1:
             self._notifier.status(runs[0].status)
         elif worst is not None:
             self._notifier.status(f"{len(runs)} runs; {worst.name}: {worst.status}")
 
+    def _look_for_hanging(self, runs: list[RunThread]) -> None:
+        """Say which runs give no sign of life, as one does whose file system hangs, and which do again."""
+        for run in runs:
+            folder, hangs = str(run.folder), run.alive and self._silent(run.heartbeat)
+            if hangs == (folder in self._hanging):
+                continue
+            self._hanging ^= {folder}
+            if hangs:
+                self._log.error("hangs", folder=folder, problem="no sign of life; does its file system answer?")
+            else:
+                self._log.warning("goes on", folder=folder)
+            if run.name is not None:
+                self._board.set(run.name, "rksp_run_suspended", float(hangs))
+
+    def _silent(self, heartbeat: float) -> bool:
+        return time.monotonic() - heartbeat > max(SILENCE_LIMIT, 3 * self.settings.poll_interval)
+
     def _lives(self) -> bool:
-        return time.monotonic() - self._heartbeat < max(SILENCE_LIMIT, 3 * self.settings.poll_interval)
+        return not self._silent(self._heartbeat)
 
     def _part(self) -> None:
-        """End every run, all at once."""
-        for run in self._runs.values():
+        """End every run, all at once; those that do not answer are left behind, once."""
+        parting, self._leaving = [*self._runs.values(), *self._leaving], []
+        if self._parted:
+            return
+        self._parted = True
+        for run in parting:
             run.end()
         end = time.monotonic() + PARTING_SECONDS
-        for run in (*self._runs.values(), *self._leaving):
+        for run in parting:
             if not run.join(max(0.0, end - time.monotonic())):
                 self._log.warning(
                     "left behind", folder=str(run.folder), problem="it does not answer; is it on a mount?"

@@ -43,6 +43,7 @@ from rksp_monitor.replay import Abandoned, Replayed
 from rksp_monitor.run import Run
 
 RETRY_LIMIT = 300.0  # seconds: the back-off of a checkpoint stops doubling here
+WORKER_RETRY = 5.0  # seconds until a worker that could not be started is started again
 SUBJECT_RETRY = 60.0  # seconds until a model that could not be built is tried again
 
 
@@ -312,10 +313,11 @@ class RunWatcher:
 
     def _put_off(self, error: RkspError) -> None:
         """Let checkpoints wait for a model or device that cannot be had; profiles need neither."""
-        self._subject_again = time.monotonic() + SUBJECT_RETRY
-        self._subject_problem = error
+        # No worker could be started: that passes sooner than a mistake in a model, which somebody must repair.
+        pause = WORKER_RETRY if type(error) is RkspError else SUBJECT_RETRY
+        self._subject_again, self._subject_problem = time.monotonic() + pause, error
         if self._is_news("subject", str(error)):
-            self._log.error("checkpoints cannot be replayed", problem=str(error), seconds=SUBJECT_RETRY)
+            self._log.error("checkpoints cannot be replayed", problem=str(error), seconds=pause)
             self._announce("run_suspended", {"problem": str(error), "what": "checkpoints"})
 
     def _profile(self, event: Event) -> ModelProfile:
