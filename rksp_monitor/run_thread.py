@@ -23,7 +23,7 @@ from rksp_monitor.reference import read_references
 from rksp_monitor.replay import ReplayPool
 from rksp_monitor.run import CONFIG, Run, describe_run
 from rksp_monitor.subject import SubjectSettings
-from rksp_monitor.watcher import Ending, RunWatcher, Surroundings, Watched
+from rksp_monitor.watcher import Ending, ModelAppeared, RunWatcher, Surroundings, Watched
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 5.0, 300.0  # seconds before a suspended run is tried again
 
@@ -132,6 +132,8 @@ class RunThread:
             try:
                 self.result, self.error = self._watch(), None
                 return
+            except ModelAppeared:
+                continue
             except RkspError as error:
                 self.error, problem = error, str(error)
             except (OSError, sqlite3.Error, MemoryError) as error:
@@ -178,6 +180,7 @@ class RunThread:
                 around=self._around,
                 ending=self._ending,
                 subject="none" if subject is None else subject.identity,
+                model_now=lambda: describe_run(self.folder, self.settings, self._state_dir).model,
                 references={} if self.settings.reference is None else read_references(self.settings.reference),
             )
             watched = self._watcher.watch(once=self._task.once, until_step=self._task.until_step)

@@ -47,6 +47,10 @@ WORKER_RETRY = 5.0  # seconds until a worker that could not be started is starte
 SUBJECT_RETRY = 60.0  # seconds until a model that could not be built is tried again
 
 
+class ModelAppeared(Exception):  # noqa: N818 - no error
+    """The run folder now says which model its checkpoints are of; the watch begins again with it."""
+
+
 class Replayer(Protocol):
     """Turns a checkpoint into a profile. `rksp_monitor.replay.ReplayPool.replayer` makes the real one."""
 
@@ -108,6 +112,9 @@ class RunWatcher:
         Names what checkpoints are replayed with: those that failed are tried again when it changes.
     references
         A healthy run that rules may compare with, by the kind of its events.
+    model_now
+        Looks again which model the folder names: when a checkpoint came and there was none, or it cannot be built (the
+        configuration of a Hugging Face checkpoint goes with that checkpoint).
     """
 
     def __init__(
@@ -122,6 +129,7 @@ class RunWatcher:
         ending: Ending,
         subject: str = "",
         references: Mapping[str, Reference] = MappingProxyType({}),
+        model_now: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.run, self.settings = run, settings
         self._ledger, self._replayer = ledger, replayer
@@ -138,7 +146,7 @@ class RunWatcher:
             lambda problem: self._log.warning("not compared with the reference", problem=problem),
         )
         self._scanner = Scanner(run.folder, known=ledger.known())
-        self._subject = subject
+        self._subject, self._model_now = subject, model_now
         self._noted: list[Sighting] = []
         self._present: set[Path] = set()
         self._refused: set[Path] = set()
@@ -156,6 +164,8 @@ class RunWatcher:
 
         Raises
         ------
+        ModelAppeared
+            When there was no replayer, and a checkpoint brought its model.
         RkspError, OSError, sqlite3.Error
             When the run cannot be watched for now: its folder or its ledger cannot be used; or, ``once``, its model.
         """
@@ -288,6 +298,8 @@ class RunWatcher:
     def _process(self, event: Event) -> None:
         """Process one event; whatever it is, it leaves an outcome in the ledger."""
         if event.kind == "checkpoint" and self._replayer is None:
+            if self._model_now() is not None:
+                raise ModelAppeared
             self._close(event, "skipped", "there is no model to load it into; give --model")
             return
         before, event = event, dataclasses.replace(event, attempts=event.attempts + 1)
@@ -313,6 +325,8 @@ class RunWatcher:
 
     def _put_off(self, error: RkspError) -> None:
         """Let checkpoints wait for a model or device that cannot be had; profiles need neither."""
+        if self._model_now() not in (None, self.run.model):
+            raise ModelAppeared
         # No worker could be started: that passes sooner than a mistake in a model, which somebody must repair.
         pause = WORKER_RETRY if type(error) is RkspError else SUBJECT_RETRY
         self._subject_again, self._subject_problem = time.monotonic() + pause, error

@@ -334,6 +334,30 @@ def test_a_folder_that_the_trainer_has_just_made_is_not_yet_a_run_without_a_mode
     assert watcher.end() == 0
 
 
+def test_a_hugging_face_run_is_built_from_its_checkpoints_own_configuration(run: Path, start: Callable[..., Watcher]):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 64, "n_positions": 64}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    healthy(run, range(10, 30, 10))  # so that the watch begins before there is a checkpoint
+    watcher = start()
+    until(lambda: watcher.metric("rksp_checkpoint_last_processed_step") == 20)
+
+    def save(step: int) -> None:
+        staging = run / f"tmp-checkpoint-{step}"
+        model.save_pretrained(staging)
+        (staging / "trainer_state.json").write_text("{}")
+        staging.rename(run / f"checkpoint-{step}")
+
+    save(30)
+    until(lambda: watcher.metric("rksp_checkpoint_last_processed_step") == 30)
+    assert 'model="' + str(run / "checkpoint-30" / "config.json") in watcher.get("/metrics")
+    os.kill(watcher.logged("replay worker started")[0]["pid"], signal.SIGKILL)
+    save(40)
+    shutil.rmtree(run / "checkpoint-30")  # as a retention policy does; the next worker must build the model again
+    until(lambda: watcher.metric("rksp_checkpoint_last_processed_step") == 40)
+    assert watcher.end() == 0
+
+
 def rows_of(run: Path, name: str) -> dict[int, str]:
     address = f"file:{run / '.rksp' / f'{name}.sqlite3'}?mode=ro"
     with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
