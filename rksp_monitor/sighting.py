@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint
+from rksp_core.errors import CheckpointError, CorruptCheckpoint, ExpiredCheckpoint
 from rksp_core.profile_writer import FOLDER as PROFILES
 from rksp_monitor.checkpoints import FORMATS, Kind, format_of, outside
 from rksp_monitor.checkpoints.completeness import Completeness
 from rksp_monitor.checkpoints.names import shown, step_in
+from rksp_monitor.checkpoints.source import read_json
 from rksp_monitor.listing import versions
 from rksp_monitor.remote import appears_whole, driver_errors, is_local
-
-LARGEST_DESCRIPTION = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +120,9 @@ def _committed(path: Path, name: str, files: Iterable[Path]) -> bool:
 
 def _is_ours(marker: Path) -> bool:
     """Whether the bundled trainer wrote it: another one may write a file of that name first."""
-    if not marker.is_file() or marker.stat().st_size > LARGEST_DESCRIPTION:
-        return False
     try:
-        return str(json.loads(marker.read_bytes())["schema"]).startswith("rksp.checkpoint/")
-    except (ValueError, TypeError, KeyError, RecursionError):
+        return marker.is_file() and str(read_json(marker)["schema"]).startswith("rksp.checkpoint/")
+    except (CheckpointError, TypeError, KeyError):
         return False
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rksp_core.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckpoint, UnsupportedCheckpoint
 from rksp_monitor.checkpoints import markers, step_folder, torch_file
 from rksp_monitor.checkpoints.completeness import answers
+from rksp_monitor.checkpoints.inert_pickle import MOST_DIMENSIONS
 from rksp_monitor.checkpoints.lazy import Described, LazyTensors
 from rksp_monitor.checkpoints.names import is_candidate, shown
 from rksp_monitor.checkpoints.torch_archive import StoredTensor, TorchArchive, stored
@@ -113,7 +114,7 @@ def _consolidated(path: Path, archive: TorchArchive, content: Mapping[str, Any])
     """
     optim = {rank: torch_file.open_archive(file) for kind, rank, file in _ranks(path) if kind == "optim"}
     flat = [list(_flat_groups(optim[rank])) for rank in sorted(optim)]
-    shapes = {key: tuple(shape) for group in content["param_shapes"] for key, shape in group.items()}
+    shapes = {key: _shape(shape) for group in content["param_shapes"] for key, shape in group.items()}
     buffers = torch_file.tensors_of(
         {key: content["module"][key] for key in content.get("buffer_names") or ()}, archive.name
     )
@@ -167,6 +168,12 @@ def _flat_groups(archive: TorchArchive) -> Iterator[StoredTensor]:
         if tensor is None or tensor.stride != (1,):
             raise CorruptCheckpoint(f"{archive.name} holds no flat vectors")
         yield tensor
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if len(value) > MOST_DIMENSIONS or not all(type(size) is int and 0 <= size < 2**63 for size in value):
+        raise ValueError("a parameter's shape is none")
+    return tuple(value)
 
 
 def _elements(tensor: StoredTensor) -> int:

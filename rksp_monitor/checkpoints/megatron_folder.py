@@ -6,7 +6,6 @@ tracker file beside the folders is not looked at: it may be half written, or say
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from rksp_core.errors import CorruptCheckpoint, IncompleteCheckpoint, Unsupporte
 from rksp_monitor.checkpoints import dcp_folder, markers
 from rksp_monitor.checkpoints.completeness import answers
 from rksp_monitor.checkpoints.names import is_candidate, shown, step_in
-from rksp_monitor.checkpoints.source import Source
+from rksp_monitor.checkpoints.source import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,13 +71,8 @@ def _backend(path: Path) -> str:
     name = shown(path.name)
     if not (path / LAST).is_file():
         raise IncompleteCheckpoint(f"{name} has no {LAST} yet, which is written last")
-    source = Source(path / LAST)
-    try:
-        backend = json.loads(source.read(0, min(source.size, 2**16)))["sharded_backend"]
-    except (ValueError, RecursionError) as error:
-        raise IncompleteCheckpoint(f"{name}: {LAST} is no complete JSON document yet") from error
-    except (LookupError, TypeError):
-        backend = None
+    document = read_json(path / LAST)
+    backend = document.get("sharded_backend") if isinstance(document, dict) else None
     if not isinstance(backend, str):
         raise CorruptCheckpoint(f"{name}: {LAST} names no sharded_backend, as Megatron's does")
     return backend

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint, IncompleteCheckpoint, ProfileError
+from rksp_core.errors import CorruptCheckpoint, ProfileError
 from rksp_core.profile import ModelProfile
 from rksp_core.profile_writer import FOLDER
 from rksp_monitor.checkpoints.completeness import answers
-from rksp_monitor.checkpoints.names import is_candidate, step_in
+from rksp_monitor.checkpoints.names import is_candidate, shown, step_in
+from rksp_monitor.checkpoints.source import read_json
 
 KIND: Final = "profile"
-LARGEST = 256 * 2**20
 
 
 def matches(path: Path) -> bool:
@@ -47,18 +46,9 @@ def read(path: Path) -> Mapping[str, Any]:
     CheckpointError
         When the file is cut short (incomplete), gone (expired), or no profile (corrupt).
     """
-    try:
-        if path.stat().st_size > LARGEST:
-            raise CorruptCheckpoint(f"{path.name} is larger than {LARGEST >> 20} MiB, so it is no profile")
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ExpiredCheckpoint(f"{path.name} is gone") from error
-    except (ValueError, RecursionError) as error:
-        raise IncompleteCheckpoint(f"{path.name} is no complete JSON document yet ({error})") from error
-    except OSError as error:
-        raise CorruptCheckpoint(f"{path.name} cannot be read: {error.strerror}") from error
+    document = read_json(path)
     try:
         ModelProfile.from_dict(document)
     except (ProfileError, AttributeError) as error:
-        raise CorruptCheckpoint(f"{path.name}: {error}") from error
+        raise CorruptCheckpoint(f"{shown(path.name)}: {shown(str(error))}") from error
     return document  # type: ignore[no-any-return]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rksp_core.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckpoint
 from rksp_monitor.checkpoints.completeness import answers
+from rksp_monitor.checkpoints.inert_pickle import MOST_DIMENSIONS
 from rksp_monitor.checkpoints.lazy import Described, LazyTensors
 from rksp_monitor.checkpoints.names import is_candidate, is_step, shown, step_in
 from rksp_monitor.checkpoints.source import Source
@@ -145,7 +146,10 @@ def _check_offsets(name: str, tensors: Mapping[str, Any]) -> int:
     for key, entry in tensors.items():
         try:
             shape, (begin, end) = entry["shape"], entry["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            # Bounded before they are multiplied: a product of a million numbers takes for ever.
+            whole = len(shape) <= MOST_DIMENSIONS and all(
+                type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)
+            )
             bits = _BITS[entry["dtype"]]
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptCheckpoint(
@@ -153,7 +157,7 @@ def _check_offsets(name: str, tensors: Mapping[str, Any]) -> int:
             ) from error
         if not whole or (end - begin) * 8 != math.prod(shape) * bits:
             raise CorruptCheckpoint(
-                f"{name}: {shown(key)} has shape {shown(str(shape))} and offsets [{begin}, {end}], which disagree"
+                f"{name}: {shown(key)} has shape {shown(str(shape))} and offsets {shown(str([begin, end]))}, which disagree"
             )
         spans.append((begin, end, key))
     reached = 0

@@ -5,7 +5,6 @@ Complete when the index and every file that it names are: the index alone proves
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +15,11 @@ from rksp_monitor.checkpoints import safetensors_file, torch_file
 from rksp_monitor.checkpoints.completeness import answers
 from rksp_monitor.checkpoints.lazy import LazyTensors, describe
 from rksp_monitor.checkpoints.names import shown
-from rksp_monitor.checkpoints.source import Source
+from rksp_monitor.checkpoints.source import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LARGEST = 64 * 2**20
 _SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")
 
 
@@ -77,17 +75,11 @@ def _shards(path: Path) -> list[str]:
 
 def _places(path: Path) -> dict[str, str]:
     """Return {tensor: file} of the index, whose files lie beside it."""
-    source = Source(path)
-    if source.size > LARGEST:
-        raise CorruptCheckpoint(f"{source.name} is larger than {LARGEST >> 20} MiB, so it is no index")
-    try:
-        document = json.loads(source.read(0, source.size))
-    except (ValueError, RecursionError) as error:
-        raise IncompleteCheckpoint(f"{source.name} is no complete JSON document yet ({shown(str(error))})") from error
+    document, index = read_json(path), shown(path.name)
     places = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(places, dict) or not places:
-        raise CorruptCheckpoint(f"{source.name} has no weight_map, as an index of shards has")
+        raise CorruptCheckpoint(f"{index} has no weight_map, as an index of shards has")
     for name in places.values():
         if not isinstance(name, str) or not _SHARD.fullmatch(name):
-            raise CorruptCheckpoint(f"{source.name} names {shown(str(name))}, expected a file beside it")
+            raise CorruptCheckpoint(f"{index} names {shown(str(name))}, expected a file beside it")
     return places

@@ -7,16 +7,16 @@ must be complete, whatever made the folder appear. A ``checkpoint-N/`` of the Hu
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from rksp_core.errors import ExpiredCheckpoint, IncompleteCheckpoint
+from rksp_core.errors import CheckpointError, ExpiredCheckpoint, IncompleteCheckpoint
 from rksp_monitor.checkpoints import markers, safetensors_file, sharded_index, torch_file
 from rksp_monitor.checkpoints.completeness import answers
 from rksp_monitor.checkpoints.names import is_candidate, is_step, shown, step_in
+from rksp_monitor.checkpoints.source import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +50,8 @@ def step(path: Path) -> int | None:
         return named
     metadata = path / METADATA
     try:
-        stored = json.loads(metadata.read_bytes()).get("step") if metadata.is_file() else None
-    except (OSError, ValueError, AttributeError, RecursionError):
+        stored = read_json(metadata).get("step") if metadata.is_file() else None
+    except (CheckpointError, AttributeError):
         return None
     return stored if is_step(stored) else None
 

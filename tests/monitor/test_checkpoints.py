@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -125,6 +127,8 @@ HOSTILE = {
     "true as an offset": header({"a": GOOD | {"data_offsets": [False, 8]}}, bytes(8)),
     "overlap": header({"a": GOOD, "b": GOOD}, bytes(16)),
     "hole": header({"a": GOOD, "b": GOOD | {"data_offsets": [12, 20]}}, bytes(20)),
+    "a million dimensions": header({"a": GOOD | {"shape": [9] * 2_000_000}}, bytes(8)),
+    "sizes of 4000 digits": header({"a": GOOD | {"shape": [10**4000] * 1000, "data_offsets": [0, 10**4000]}}, bytes(8)),
     "bytes left over": header({"a": GOOD}, bytes(9)),
 }
 
@@ -136,6 +140,7 @@ def test_a_hostile_header_is_one_sentence(tmp_path: Path, content: bytes):
     with pytest.raises(CorruptCheckpoint) as caught:
         is_complete(path)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
 
 
 @settings(max_examples=200)
@@ -236,6 +241,28 @@ def test_a_profile_is_one_only_in_its_folder(tmp_path: Path):
     inside.write_text('{"schema": "other"}')
     with pytest.raises(CorruptCheckpoint, match="schema"):
         FORMATS["profile"].is_complete(inside)
+
+
+def test_a_document_that_is_too_large_is_not_read(tmp_path: Path):
+    """Files of a gigabyte, without a byte on the disk."""
+    folder = tmp_path / "best"
+    folder.mkdir()
+    save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "step-1").mkdir()
+    index, profile = tmp_path / "step-1" / "model.safetensors.index.json", tmp_path / "profiles" / "step-1.json"
+    for file in (folder / "checkpoint.json", index, profile):
+        file.touch()
+        os.truncate(file, 2**30)
+    tracemalloc.start()
+    try:
+        assert step_of(folder) is None
+        for path in (index.parent, profile):
+            with pytest.raises(CorruptCheckpoint, match="has 1024 MiB, and a JSON document of at most 32 is read"):
+                FORMATS[format_of(path)].is_complete(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", ["step-1.safetensors", "step-1.pt", "step-1"])

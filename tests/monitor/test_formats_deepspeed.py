@@ -150,6 +150,17 @@ def test_frozen_parameters_are_said(tmp_path: Path):
         read_weights(folder, trust_pickle=True)
 
 
+@pytest.mark.parametrize("shape", [[1] * 65, [2**70], [-1], ["a"]], ids=["long", "large", "negative", "text"])
+def test_a_shape_that_is_none_is_one_sentence(tmp_path: Path, shape: list):
+    """A long one that every parameter shares, by reference, would take the memory of all of them."""
+    folder = write(tmp_path, 3, 1)
+    first = folder / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    content = {"module": {}, "ds_config": {"zero_optimization": {"stage": 3}}, "dp_world_size": 1}
+    torch.save({**content, "param_shapes": [dict.fromkeys("abc", shape)]}, first)
+    with pytest.raises(CorruptCheckpoint, match="a parameter's shape is none"):
+        read_weights(folder, trust_pickle=True)
+
+
 def test_files_of_another_kind_are_one_sentence(tmp_path: Path):
     folder = write(tmp_path, 3, 2)
     torch.save({"optimizer_state_dict": {}}, folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
