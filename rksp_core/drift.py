@@ -193,15 +193,15 @@ def rewind(state: DriftState, step: int, kept: Iterable[Drift] = ()) -> DriftSta
     that was undone: with them the trailing average is exactly what it was then, without them it starts anew. That of
     the spectra always does: a drift does not hold them.
     """
-    before = [drift for drift in kept if not drift.late and state.baseline_step <= drift.step < step]
     fresh = dataclasses.replace(state, step=step - 1, trailing={}, variance={}, trailing_curves={})
-    if not before:
-        return fresh
-    state = dataclasses.replace(fresh, step=state.baseline_step, trailing=state.baseline)
-    for drift in before:
-        if drift.step > state.step:
-            state = _advance(state, drift, Figures(drift.values, noise=state.noise))
-    return state
+    again = None
+    for drift in kept:
+        if drift.late or not state.baseline_step <= drift.step < step:
+            continue
+        again = again or dataclasses.replace(fresh, step=state.baseline_step, trailing=state.baseline)
+        if drift.step > again.step:
+            again = _advance(again, drift, Figures(drift.values, noise=state.noise))
+    return again or fresh
 
 
 def _compare(step: int, now: Figures, others: Mapping[Against, Figures], *, late: bool = False) -> Drift:

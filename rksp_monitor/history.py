@@ -19,6 +19,7 @@ from typing import Any
 
 from rksp_core.errors import ConfigError
 from rksp_core.orders import is_whole, seconds, timestamp
+from rksp_monitor.packed import unpack
 from rksp_monitor.remote import as_path
 
 SCHEMA = "rksp.history/1"
@@ -244,7 +245,7 @@ def _ledger_rows(path: Path, run: str, selection: Selection) -> Iterator[Row]:
 
 def _row(*values: Any) -> Row:
     named = dict(zip(_COLUMNS, values, strict=True))
-    documents = {name: None if named[name] is None else json.loads(named[name]) for name in _COLUMNS[9:]}
+    documents = {name: None if named[name] is None else unpack(named[name]) for name in _COLUMNS[9:]}
     return Row(**named | {"set_aside": bool(named["set_aside"])} | documents)
 
 

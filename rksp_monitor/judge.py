@@ -6,7 +6,7 @@ states after it, and the order, before the trainer can see it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,9 +70,8 @@ class Judge:
         policy, documents, rewound = self._settings.policy, dict[str, Any](), None
         if before is not None and event.step <= before.step and self._ledger.went_back(event):
             rewound = before.step
-            kept = [Evidence.from_dict(document) for document in self._ledger.evidence_before(event)]
-            state = policies.rewind(state, event.step, policy, kept)
-            documents = self._rewound(event.step, kept)
+            state = policies.rewind(state, event.step, policy, self._kept(event))
+            documents = self._rewound(event)
             before = DriftState.from_dict(documents[f"drift/{event.kind}"])
         after, drift = measure(before, profile, event.step, self._reference(event.kind, profile))
         evidence = Evidence(drift, self._clock(), event.kind, rewound=rewound is not None)
@@ -93,15 +92,19 @@ class Judge:
             self.state = state
         return decision
 
-    def _rewound(self, step: int, kept: list[Evidence]) -> dict[str, Any]:
-        """Return the drift states, of both kinds of events, for a run that went back to before ``step``."""
+    def _rewound(self, event: Event) -> dict[str, Any]:
+        """Return the drift states, of both kinds of events, for a run that went back to before the event's step."""
         documents = {}
         for kind in KINDS:
             state = self._drift_state(kind)
-            if state is not None and state.step >= step:
-                drifts = [each.drift for each in kept if each.series == kind]
-                documents[f"drift/{kind}"] = rewind(state, step, drifts).to_dict()
+            if state is not None and state.step >= event.step:
+                drifts = (each.drift for each in self._kept(event) if each.series == kind)
+                documents[f"drift/{kind}"] = rewind(state, event.step, drifts).to_dict()
         return documents
+
+    def _kept(self, event: Event) -> Iterator[Evidence]:
+        """Yield what was judged before the event's step and stands, one at a time: there may be a hundred thousand."""
+        return map(Evidence.from_dict, self._ledger.evidence_before(event))
 
     def _reference(self, kind: str, profile: ModelProfile) -> Reference | None:
         """Return the healthy run's series; one that cannot be compared with this run is said so and dropped."""

@@ -29,6 +29,7 @@ from rksp_core.errors import ConfigError
 from rksp_monitor.checkpoints import Kind
 from rksp_monitor.discovery import Sighting
 from rksp_monitor.filesystem import filesystem_of, is_remote
+from rksp_monitor.packed import pack, unpack
 from rksp_monitor.remote import as_path
 
 Status = Literal["seen", "ready", "processing", "done", "failed", "expired", "skipped"]
@@ -45,6 +46,7 @@ CREATE TABLE IF NOT EXISTS events (
 CREATE INDEX IF NOT EXISTS events_status ON events (run, status, step);
 CREATE INDEX IF NOT EXISTS events_path ON events (run, path);
 CREATE INDEX IF NOT EXISTS events_ordinal ON events (run, ordinal);
+CREATE INDEX IF NOT EXISTS events_kept ON events (run, kind, status, set_aside, step);
 CREATE TABLE IF NOT EXISTS state (run TEXT NOT NULL, name TEXT NOT NULL, document TEXT NOT NULL,
     PRIMARY KEY (run, name));
 """
@@ -196,6 +198,13 @@ class Ledger:
         rows = self._database.execute("SELECT status, COUNT(*) FROM events WHERE run = ? GROUP BY status", (self._run,))
         return dict.fromkeys(STATUSES, 0) | dict(rows)
 
+    def backlog(self) -> int:
+        """Return the number of events that wait: asked at every scan, it counts those alone."""
+        row = self._database.execute(
+            "SELECT COUNT(*) FROM events WHERE run = ? AND status = 'ready'", (self._run,)
+        ).fetchone()
+        return int(row[0])
+
     def next_ready(self, kind: Kind | None = None) -> Event | None:
         """Return the ready event (of a kind) of the lowest step whose back-off is over; a clock set back ends it."""
         now = self._clock()
@@ -216,11 +225,14 @@ class Ledger:
         self._move(event, "ready", attempts=event.attempts)
 
     def near_judged(self, event: Event, steps: int) -> bool:
-        """Whether an event of its kind was judged less than so many steps away, on either side."""
+        """Whether another event of its kind was judged less than so many steps away, on either side.
+
+        An earlier content of the same path does not count: the new one tells that the trainer went back.
+        """
         row = self._database.execute(
             "SELECT 1 FROM events WHERE run = ? AND kind = ? AND status = 'done' AND set_aside = 0 "
-            "AND step > ? AND step < ? LIMIT 1",
-            (self._run, event.kind, event.step - steps, event.step + steps),
+            "AND step > ? AND step < ? AND path != ? LIMIT 1",
+            (self._run, event.kind, event.step - steps, event.step + steps, str(event.path)),
         ).fetchone()
         return row is not None
 
@@ -249,7 +261,7 @@ class Ledger:
         same = "run = ? AND kind = ? AND status = 'done' AND id != ?"
         who = (self._run, event.kind, event.id)
         again = self._database.execute(
-            f"SELECT 1 FROM events WHERE {same} AND path = ? LIMIT 1",  # noqa: S608
+            f"SELECT 1 FROM events INDEXED BY events_path WHERE {same} AND path = ? LIMIT 1",  # noqa: S608
             (*who, str(event.path)),
         ).fetchone()
         if again is not None:
@@ -272,11 +284,11 @@ class Ledger:
     def evidence_before(self, event: Event) -> Iterator[dict[str, Any]]:
         """Yield the evidence of what was judged below the event's step and is not set aside, in that order."""
         rows = self._database.execute(
-            "SELECT evidence FROM events WHERE run = ? AND status = 'done' AND set_aside = 0 AND step < ? "
-            "AND evidence IS NOT NULL ORDER BY ordinal",
+            "SELECT evidence FROM events INDEXED BY events_ordinal WHERE run = ? AND status = 'done' "
+            "AND set_aside = 0 AND step < ? AND evidence IS NOT NULL ORDER BY ordinal",
             (self._run, event.step),
         )
-        yield from (json.loads(text) for (text,) in rows)
+        yield from (unpack(stored) for (stored,) in rows)
 
     def recover(self) -> int:
         """Make events that a crash left in processing ready again; return how many."""
@@ -288,7 +300,8 @@ class Ledger:
     def reopen_checkpoints(self, subject: str) -> int:
         """Make checkpoints that failed or were skipped with another subject ready again; return how many.
 
-        ``subject`` names the model, probe and settings that they are replayed with now; it is remembered.
+        ``subject`` names the model, probe and settings that they are replayed with now; it is remembered. What was
+        never finished stays as it is: no subject completes it.
         """
         if (self.load("subject") or {}).get("is") == subject:
             return 0
@@ -296,8 +309,8 @@ class Ledger:
             self._store("subject", {"is": subject})
             return self._database.execute(
                 "UPDATE events SET status = 'ready', attempts = 0, not_before = 0"
-                " WHERE run = ? AND kind = 'checkpoint' AND status IN ('failed', 'skipped')",
-                (self._run,),
+                " WHERE run = ? AND kind = 'checkpoint' AND status IN ('failed', 'skipped') AND fingerprint != ?",
+                (self._run, _PENDING),
             ).rowcount
 
     def retry(self, event: Event, error: str, delay: float) -> None:
@@ -318,18 +331,20 @@ class Ledger:
         ``undone`` says that the trainer went back to before the event's step: what was judged at that step and later is
         set aside.
         """
-        texts = {name: json.dumps(document) for name, document in dataclasses.asdict(outcome).items()}
+        packed = {name: pack(document) for name, document in dataclasses.asdict(outcome).items()}
         with self._transaction():
             if undone:
                 self._database.execute(
-                    "UPDATE events SET set_aside = 1 WHERE run = ? AND status = 'done' AND step >= ?",
+                    "UPDATE events SET set_aside = 1 WHERE run = ? AND status = 'done' AND step >= ? AND set_aside = 0",
                     (self._run, event.step),
                 )
+            # The last one by its index: a maximum over a column would read every row, with all that is kept in it.
             last, ordinal = self._database.execute(
-                "SELECT coalesce(max(judged), 0), coalesce(max(ordinal), 0) FROM events WHERE run = ?", (self._run,)
-            ).fetchone()
+                "SELECT judged, ordinal FROM events WHERE run = ? AND ordinal IS NOT NULL ORDER BY ordinal DESC LIMIT 1",
+                (self._run,),
+            ).fetchone() or (0.0, 0)
             judged = max(self._clock(), last)  # never before the one before it, though the clock may step back
-            self._move(event, "done", error="", judged=judged, ordinal=ordinal + 1, **texts)
+            self._move(event, "done", error="", judged=judged, ordinal=ordinal + 1, **packed)
             for name, document in states.items():
                 self._store(name, document)
 

@@ -196,7 +196,7 @@ class RunWatcher:
             self._export_control()
             if until_step is not None and self._furthest >= until_step:
                 return Watched(self.judged, self.worst, "until_step")
-            waiting = any(sighting.settling for sighting in sightings) or self._ledger.counts()["ready"]
+            waiting = any(sighting.settling for sighting in sightings) or self._ledger.backlog()
             if once and self._subject_problem is not None and self._next("profile") is None:
                 raise self._subject_problem
             if once and not waiting:
@@ -293,7 +293,7 @@ class RunWatcher:
             self._export_control()
 
     def _export_backlog(self) -> None:
-        self._set("rksp_checkpoint_backlog", self._ledger.counts()["ready"])
+        self._set("rksp_checkpoint_backlog", self._ledger.backlog())
 
     def _process(self, event: Event) -> None:
         """Process one event; whatever it is, it leaves an outcome in the ledger."""

@@ -124,6 +124,7 @@ class TestReading:
     def test_a_ledger_of_the_first_version_lacks_what_was_not_kept(self, folder: Path):
         path = folder / ".rksp" / "run.sqlite3"
         database = sqlite3.connect(path)
+        database.execute("DROP INDEX events_kept")
         for column in ("judged", "evidence", "decision", "set_aside"):
             database.execute(f"ALTER TABLE events DROP COLUMN {column}")
         database.execute("PRAGMA user_version = 1")

@@ -247,3 +247,42 @@ def test_a_ledger_of_the_first_version_is_brought_up_and_keeps_what_it_holds(tmp
             assert ledger.counts()["done"] == 1
             assert ledger.load("subject") == {"is": "x"}
             assert ledger.judged_count("profile") == 1
+
+
+def judged(ledger: Ledger, step: int, fingerprint: str = "f") -> None:
+    ledger.record(sighting(step, fingerprint))
+    ledger.finish(ledger.next_ready(), Outcome({"filler": "x" * 30_000}, {}, {}), {})
+
+
+def test_to_judge_an_event_reads_no_more_of_a_long_history_than_of_a_short_one(ledger: Ledger):
+    def work(step: int) -> int:
+        """Return the steps of SQLite's virtual machine that an event takes: those that read rows are among them."""
+        counted = []
+        ledger._database.set_progress_handler(lambda: counted.append(1) and None, 10)
+        judged(ledger, step)
+        ledger.judged_count("profile")
+        ledger.backlog()
+        ledger._database.set_progress_handler(None, 0)
+        return len(counted)
+
+    judged(ledger, 1)
+    short = work(2)
+    for step in range(3, 300):
+        judged(ledger, step)
+    assert work(300) <= 1.5 * short
+
+
+def test_what_was_never_finished_is_not_read_because_the_model_is_another(ledger: Ledger):
+    ledger.record(sighting(1, "half", complete=False))
+    ledger.close_event(ledger.events("seen")[0], "failed", "it was never finished")
+    assert ledger.reopen_checkpoints("another") == 0
+    assert ledger.next_ready() is None
+
+
+def test_an_earlier_content_of_a_path_does_not_count_as_near(ledger: Ledger):
+    judged(ledger, 100, "before the trainer went back")
+    ledger.record(sighting(100, "after"))
+    ledger.record(sighting(150))
+    again, beside = ledger.events("ready")
+    assert not ledger.near_judged(again, 100)
+    assert ledger.near_judged(beside, 100)

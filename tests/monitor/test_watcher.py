@@ -31,6 +31,7 @@ from rksp_monitor.history import Selection, read_history
 from rksp_monitor.hold import hold_file, remove_hold, write_hold
 from rksp_monitor.ledger import open_ledger
 from rksp_monitor.metrics import Board
+from rksp_monitor.packed import unpack
 from rksp_monitor.replay import Abandoned, Replayed
 from rksp_monitor.run import Run
 from rksp_monitor.watcher import Ending, RunWatcher, Surroundings, Watched
@@ -365,9 +366,12 @@ def test_a_profile_is_stored_without_its_eigenvalues(bench: Bench):
     bench.healthy(10)
     bench.run()
     database = sqlite3.connect(bench.folder / ".rksp" / "run.sqlite3")
-    (text,) = database.execute("SELECT profile FROM events").fetchone()
+    (stored,) = database.execute("SELECT profile FROM events").fetchone()
     database.close()
-    assert json.loads(text)["schema"] == "rksp.profile/1"
+    document, whole = unpack(stored), profile().to_dict()
+    assert document["schema"] == "rksp.profile/1"
+    assert "eigenvalues" not in document["layers"][0]
+    assert len(stored) < len(json.dumps(whole)) / 2
 
 
 def test_checkpoints_that_failed_are_tried_again_when_the_model_is_another(bench: Bench):
