@@ -156,9 +156,8 @@ def _check_offsets(name: str, tensors: Mapping[str, Any]) -> int:
                 f"{name}: the header's entry for {shown(key)} is malformed ({shown(repr(error))})"
             ) from error
         if not whole or (end - begin) * 8 != math.prod(shape) * bits:
-            raise CorruptCheckpoint(
-                f"{name}: {shown(key)} has shape {shown(str(shape))} and offsets {shown(str([begin, end]))}, which disagree"
-            )
+            said = f"shape {shown(str(shape))} and offsets {shown(str([begin, end]))}"
+            raise CorruptCheckpoint(f"{name}: {shown(key)} has {said}, which disagree")
         spans.append((begin, end, key))
     reached = 0
     for begin, end, key in sorted(spans):

@@ -86,8 +86,9 @@ def read_json(path: Path) -> Any:
     """
     source = Source(path)
     if source.size > LARGEST_DOCUMENT:
+        most = LARGEST_DOCUMENT >> 20
         raise CorruptCheckpoint(
-            f"{source.name} has {source.size >> 20} MiB, and a JSON document of at most {LARGEST_DOCUMENT >> 20} is read"
+            f"{source.name} has {source.size >> 20} MiB, and a JSON document of at most {most} is read"
         )
     try:
         return json.loads(source.read(0, source.size))
