@@ -113,7 +113,7 @@ def _train_one_step(folder: Path) -> None:
 
 def _play(folder: Path, live: Live) -> None:
     """Play the run: wait each time until Prometheus has seen what happened."""
-    _seen(live, "rksp_checkpoints_processed_total >= 1")
+    _seen(live, "rksp_checkpoints_processed_total >= 2")  # before and after its step
     writer = ProfileWriter(folder / RUN, every=10)
     for step in range(10, 60, 10):
         writer.write(
