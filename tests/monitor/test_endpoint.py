@@ -99,6 +99,22 @@ def test_statuses(address: str, method: str, path: str, expected: int):
     assert headers["Server"] == "rksp"  # no version
 
 
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("Content-Length: \u00b2", 200),  # which Python calls a digit
+        (f"Content-Length: {'9' * 5000}", 200),
+        ("Accept: application/openmetrics-text; version=abc", 200),
+        ("\r\n".join([f"a: {'x' * 60_000}"] * 2), 431),
+    ],
+    ids=["no digit", "a long number", "no version", "long headers"],
+)
+def test_a_strange_head_is_answered(address: str, head: str, status: int):
+    with connect(address) as channel:
+        channel.sendall(f"GET /metrics HTTP/1.0\r\n{head}\r\n\r\n".encode("latin-1"))
+        assert channel.makefile("rb").readline().startswith(f"HTTP/1.0 {status} ".encode())
+
+
 def test_the_page_links_to_the_three_paths(address: str):
     page = ask(address, path="/")[2].decode()
     assert [f'href="{path}"' in page for path in ("/metrics", "/healthz", "/readyz")] == [True] * 3

@@ -215,7 +215,7 @@ def test_a_taken_address_is_one_sentence():
         pass
 
 
-@pytest.mark.parametrize("address", ["9109", ":9109", "localhost:", "localhost:x", "localhost:70000"])
+@pytest.mark.parametrize("address", ["9109", ":9109", "localhost:", "localhost:x", "localhost:²", "localhost:70000"])
 def test_a_malformed_address_is_refused(address: str):
     with pytest.raises(ConfigError, match="an address is host:port"):
         parse_address(address)
