@@ -340,7 +340,7 @@ class Ledger:
                 )
             # The last one by its index: a maximum over a column would read every row, with all that is kept in it.
             last, ordinal = self._database.execute(
-                "SELECT judged, ordinal FROM events WHERE run = ? AND ordinal IS NOT NULL ORDER BY ordinal DESC LIMIT 1",
+                "SELECT judged, ordinal FROM events WHERE run = ? AND ordinal > 0 ORDER BY ordinal DESC LIMIT 1",
                 (self._run,),
             ).fetchone() or (0.0, 0)
             judged = max(self._clock(), last)  # never before the one before it, though the clock may step back

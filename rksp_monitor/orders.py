@@ -61,11 +61,21 @@ class Orders:
             self._control.write(last)
 
     def reconcile(self, state: PolicyState) -> PolicyState:
-        """Return the policy's state with what was really ordered, for a monitor that only observed before."""
+        """Return the policy's state with what was really ordered, and when.
+
+        A monitor that only observed, or was told to forget its state, thinks otherwise, and would renew too late.
+        """
         last = self.last
         if last is None:
             return dataclasses.replace(state, ordered=Levers(), ordered_level=0, ordered_step=None, ordered_at=None)
-        return dataclasses.replace(state, ordered=last.levers, ordered_level=last.reason.risk_level)
+        steps = [step for step in (state.ordered_step, last.reason.checkpoint_step) if step is not None]
+        return dataclasses.replace(
+            state,
+            ordered=last.levers,
+            ordered_level=last.reason.risk_level,
+            ordered_step=min(steps, default=None),  # the lower one, where the trainer went back since
+            ordered_at=seconds(last.issued_at),
+        )
 
     def answer(self) -> Acknowledgement | None:
         """Return the last acknowledgement in the control folder, whoever wrote it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import os
+import stat
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,13 +34,23 @@ def find_runs(settings: WatchSettings) -> dict[str, tuple[Path, RunEntry]]:
 
 def is_pattern(folder: str) -> bool:
     """Whether the text is a glob that may find any number of folders, new ones later."""
-    return "://" not in folder and glob.has_magic(folder) and not Path(folder).exists()
+    return "://" not in folder and glob.has_magic(folder) and not os.path.exists(folder)  # noqa: PTH110 - never raises
 
 
 def _folders(folder: str) -> list[Path]:
     if is_pattern(folder):
-        return sorted(path for text in glob.glob(folder) if (path := Path(text)).is_dir())  # noqa: PTH207 - any root
+        return sorted(Path(text) for text in glob.glob(folder) if os.path.isdir(text))  # noqa: PTH112, PTH207 - the same
     return [as_path(folder)]
+
+
+def _is_gone(folder: Path) -> bool:
+    """Whether a folder that a glob no longer finds was removed; one whose file system does not answer was not."""
+    try:
+        return not stat.S_ISDIR(folder.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
 
 
 class Roster:
@@ -63,6 +75,7 @@ class Roster:
     def _look(self) -> None:
         while not self._stop.wait(max(LEAST_SECONDS, self._settings.poll_interval)):
             found = find_runs(self._settings)
+            found |= {key: run for key, run in self._found.items() if key not in found and not _is_gone(run[0])}
             if found.keys() != self._found.keys() and not self._stop.is_set():
                 self._found = found
                 self._wake()

@@ -118,7 +118,7 @@ def _trainer_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except (ValueError, RecursionError, yaml.YAMLError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return {}
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); it names the run and its model") from error

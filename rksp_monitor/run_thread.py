@@ -50,7 +50,7 @@ class RunThread:
     pool
         Replays checkpoints.
     names
-        Names of the runs of this process; each may be there once, since it labels their metrics.
+        Runs of this process by name; each may be there once, since it labels their metrics.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class RunThread:
         state_dir: Path | None,
         pool: ReplayPool,
         around: Surroundings,
-        names: set[str],
+        names: dict[str, RunThread],
         done: Callable[[], None],
     ) -> None:
         self.folder, self.settings, self._task = folder, settings, task
@@ -70,7 +70,9 @@ class RunThread:
         self._ending = Ending(tick=self._tick)
         self._watcher: RunWatcher | None = None
         self._log = around.log.bind(folder=str(folder))
-        self._new_baseline = task.new_baseline
+        self._so_far = 0, 0
+        self._problem = ""
+        self.new_baseline = task.new_baseline  # whether it is yet to be forgotten
         self.name: str | None = None
         self.heartbeat = time.monotonic()
         self.result: Watched | None = None
@@ -108,12 +110,12 @@ class RunThread:
     @property
     def level(self) -> int:
         """The highest risk level that held since this process watches the run."""
-        return 0 if self._watcher is None else self._watcher.worst
+        return self._so_far[1] if self._watcher is None else max(self._so_far[1], self._watcher.worst)
 
     @property
     def judged(self) -> int:
         """The number of events that were judged since this process watches the run."""
-        return 0 if self._watcher is None else self._watcher.judged
+        return self._so_far[0] + (0 if self._watcher is None else self._watcher.judged)
 
     def _tick(self) -> None:
         self.heartbeat = time.monotonic()
@@ -145,7 +147,8 @@ class RunThread:
                 self.error = ConfigError(f"{self.folder} cannot be watched ({problem}); please report the traceback")
             if self._task.once or (self._task.fail_fast and self._watcher is None):
                 return
-            pause = SHORTEST_PAUSE if time.monotonic() - begun > LONGEST_PAUSE else pause
+            if time.monotonic() - begun > LONGEST_PAUSE:
+                pause, self._problem = SHORTEST_PAUSE, ""
             self._suspend(problem, pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -153,7 +156,9 @@ class RunThread:
         self._log.error("suspended", problem=problem, seconds=pause)
         if self.name is not None:
             self._around.board.set(self.name, "rksp_run_suspended", 1)
-            self._around.announce("run_suspended", self.name, {"problem": problem, "what": "the run"})
+            if problem != self._problem:  # the same again, every few minutes for days, is no news
+                self._around.announce("run_suspended", self.name, {"problem": problem, "what": "the run"})
+            self._problem = problem
         end = time.monotonic() + pause
         while not self._ending.stop.wait(min(1.0, max(0.0, end - time.monotonic()))) and time.monotonic() < end:
             self._tick()
@@ -166,11 +171,13 @@ class RunThread:
         run = describe_run(self.folder, self.settings, self._state_dir)
         self._begin_series(run)
         with open_ledger(run.ledger, run.name, clock=self._around.clock) as ledger:
-            if self._new_baseline:
-                ledger.forget("drift/checkpoint", "drift/profile", "policy")
-                self._new_baseline = False
+            if self.new_baseline:
+                # The subject too: what was skipped for being unlike the old baseline is judged against the new one.
+                ledger.forget("drift/checkpoint", "drift/profile", "policy", "subject")
+                self.new_baseline = False
             subject, timeout = subject_of(run, self.settings), self.settings.replay.timeout
             replayer = None if subject is None else self._pool.replayer(run.name, subject, timeout=timeout)
+            so_far = self.judged, self.level  # before it was suspended
             self._watcher = RunWatcher(
                 run,
                 self.settings,
@@ -183,6 +190,7 @@ class RunThread:
                 model_now=lambda: describe_run(self.folder, self.settings, self._state_dir).model,
                 references={} if self.settings.reference is None else read_references(self.settings.reference),
             )
+            self._so_far = so_far
             watched = self._watcher.watch(once=self._task.once, until_step=self._task.until_step)
             self.judged_ever = ledger.counts()["done"] > 0
             return watched
@@ -197,9 +205,8 @@ class RunThread:
             "mode": "enforce" if self.settings.enforce else "observe",
         }
         if self.name is None:
-            if run.name in self._names:
+            if self._names.setdefault(run.name, self) is not self:  # at once: another thread may be asking too
                 raise ConfigError(f"two runs are called {run.name!r}; give {self.folder} another run_id")
-            self._names.add(run.name)
             self.name = run.name
             self._around.board.add_run(run.name, info)
             about = {"folder": str(run.folder), "ledger": str(run.ledger), **info}
@@ -212,7 +219,7 @@ class RunThread:
         """End the metrics of the run."""
         if self.name is not None:
             self._around.board.remove_run(self.name)
-            self._names.discard(self.name)
+            self._names.pop(self.name, None)
             self.name = None
 
     def _await_folder(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import platform
 import signal
 import threading
@@ -72,7 +73,9 @@ class Session:
         self._stop, self._wake, self._hangup = threading.Event(), threading.Event(), threading.Event()
         self._runs: dict[str, RunThread] = {}
         self._leaving: list[RunThread] = []
-        self._names: set[str] = set()
+        self._names: dict[str, RunThread] = {}
+        self._rebased: set[str] = set()
+        self._worst = 0
         self._ended_by, self._parted = "", False
         self._hanging: set[str] = set()
         self._heartbeat = time.monotonic()
@@ -163,6 +166,8 @@ class Session:
             if key not in wanted or wanted[key][1] != run.settings:
                 run.end()
                 self._leaving.append(self._runs.pop(key))
+                self._worst = max(self._worst, run.level)
+                self._rebased |= set() if run.new_baseline else {key}
         for run in [run for run in self._leaving if run.join(0.0)]:
             self._leaving.remove(run)
             if run.name is not None and str(run.folder) not in wanted:
@@ -175,6 +180,8 @@ class Session:
                 self._start(key, folder, entry, task)
 
     def _start(self, key: str, folder: Path, entry: RunEntry, task: Task) -> None:
+        if key in self._rebased:  # a reload must not forget the baseline again
+            task = dataclasses.replace(task, new_baseline=False)
         self._runs[key] = RunThread(
             folder,
             entry,
@@ -238,7 +245,7 @@ class Session:
     def _exit_code(self, task: Task) -> int:
         runs = list(self._runs.values())
         ended_by = self._ended_by or next((run.result.ended_by for run in runs if run.result is not None), "")
-        level = max((run.level for run in runs), default=0)
+        level = max([run.level for run in runs] + [self._worst])
         judged = sum(run.judged for run in runs)
         self._log.info("stopped", by=ended_by, judged=judged, worst_risk=LEVELS[level])
         errors = [run.error for run in runs if run.error is not None and run.result is None]

@@ -175,7 +175,8 @@ class RunWatcher:
             self._log.info("recovered", events=recovered)
         reopened = self._ledger.reopen_checkpoints(self._subject)
         if reopened:
-            self._log.info("reopened", events=reopened, reason="the model, the probe or their settings are others now")
+            reason = "the model, the probe, their settings or the baseline are others now"
+            self._log.info("reopened", events=reopened, reason=reason)
         self._obey()
         self._export_control()
         scans = watch(
@@ -410,7 +411,7 @@ class RunWatcher:
         if status == "failed":
             self._log.warning(status, **about)
             self._announce("checkpoint_failed", about)
-        elif self._is_news(f"{status} {event.kind}", problem.replace(event.path.name, "")):
+        elif self._is_news(f"{status} {event.kind}", _without(event, problem)):
             # Retention removes old ones, a backlog policy passes over some: said once, not for each.
             self._log.warning(status, **about, further="are logged at level info")
         else:
@@ -497,3 +498,8 @@ class RunWatcher:
             return False
         self._said[what] = value
         return True
+
+
+def _without(event: Event, problem: str) -> str:
+    """Return a sentence without what names the event, to tell it from one about another kind of problem."""
+    return problem.replace(event.path.name, "").replace(f"step {event.step} ", "")

@@ -195,3 +195,9 @@ def test_a_valid_file_says_how_many_runs_it_watches(tmp_path: Path, capsys: pyte
 def test_an_unknown_command_names_those_there_are(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]):
     assert run(argv) == 2
     assert says in capsys.readouterr().err
+
+
+def test_what_yaml_itself_stumbles_over_is_one_sentence(tmp_path: Path):
+    for text in ("seed: 2024-13-45", "[" * 3000):
+        with pytest.raises(ConfigError, match="is no YAML"):
+            read_settings(written(tmp_path, text))

@@ -102,3 +102,17 @@ def test_sighup_adds_removes_and_changes_runs(runs: Path, start: Callable[[str],
     until(lambda: watcher.logged("settings not reloaded"))
     assert series(watcher, "rksp_risk_level") == {"other": 0}
     assert watcher.end() == 0
+
+
+def test_a_reload_does_not_forget_the_baseline_again(runs: Path):
+    settings = runs.parent / "watch.yaml"
+    settings.write_text("policy: {raise_after: 1}")
+    watcher = Watcher(runs / "a", "--config", str(settings), "--new-baseline")
+    until(lambda: watcher.metric("rksp_checkpoint_last_processed_step") == 100)
+    settings.write_text("policy: {raise_after: 2}")
+    watcher.process.send_signal(signal.SIGHUP)
+    until(lambda: len(watcher.logged("watching")) == 2)
+    ProfileWriter(runs / "a", every=10).write(profile(**ALARM), 110)
+    until(lambda: watcher.metric("rksp_checkpoint_last_processed_step") == 110)
+    assert watcher.metric("rksp_near_unit_mass_drift") < 0
+    assert watcher.end() == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable
@@ -549,3 +550,40 @@ def test_a_ledger_that_is_removed_under_the_watcher_is_noticed(bench: Bench):
         tiny_model.save_folder(bench.folder, step)
     with pytest.raises(ConfigError, match="was removed or replaced"):
         bench.run(Removing({}))
+
+
+def test_a_rollback_is_seen_though_only_some_checkpoints_are_wanted(bench: Bench):
+    for step in range(100, 600, 100):
+        tiny_model.save_folder(bench.folder, step)
+    bench.run(FakeReplayer({}), backlog={"every": 200})
+    for step in (300, 400):
+        shutil.rmtree(bench.folder / "checkpoints" / f"step-{step:08d}")
+        tiny_model.save_folder(bench.folder, step)
+    replayer = FakeReplayer({})
+    bench.run(replayer, backlog={"every": 200})
+    assert replayer.seen == [300]
+    assert [log["step"] for log in bench.logs if log["event"] == "rewound"] == [300]
+
+
+def test_that_the_probe_or_a_setting_is_another_is_said_once(bench: Bench):
+    bench.healthy(20)
+    bench.run()
+    for step in (30, 40, 50):
+        bench.writer.write(profile(probe="other"), step)
+    bench.run()
+    skipped = [log for log in bench.logs if log["event"] == "skipped"]
+    assert [log["log_level"] for log in skipped] == ["warning", "info", "info"]
+    assert "--new-baseline" in skipped[0]["problem"]
+
+
+def test_an_order_is_renewed_in_time_though_the_watcher_only_observed_meanwhile(bench: Bench):
+    bench.healthy(100)
+    bench.writer.write(profile(**ALARM), 110)
+    bench.run(enforce=True)
+    bench.now += 0.6 * 86400
+    bench.writer.write(profile(**ALARM), 120)
+    bench.run()
+    bench.now += 0.2 * 86400
+    bench.writer.write(profile(**ALARM), 130)
+    bench.run(enforce=True)
+    assert desired(bench)["generation"] == 2, "the first one ends in a fifth of a day"

@@ -1,0 +1,60 @@
+"""Which runs there are: folders that a glob finds come and go, and a file system in trouble takes none away."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rksp_monitor import roster
+from rksp_monitor.config import RunEntry, WatchSettings
+from rksp_monitor.roster import Roster
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(roster, "LEAST_SECONDS", 0.01)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def changed() -> threading.Event:
+    return threading.Event()
+
+
+@pytest.fixture
+def found(runs: Path, changed: threading.Event) -> Iterator[Roster]:
+    made = Roster(WatchSettings(poll_interval=0.01, runs=(RunEntry(folder=f"{runs}/*"),)), changed.set)
+    yield made
+    made.close()
+
+
+def names(found: Roster) -> list[str]:
+    return [path.name for path, _ in found.runs.values()]
+
+
+def test_new_folders_are_found_and_removed_ones_are_not_kept(runs: Path, found: Roster, changed: threading.Event):
+    assert names(found) == ["a", "b"]
+    (runs / "a").rmdir()
+    assert changed.wait(60)
+    assert names(found) == ["b"]
+    changed.clear()
+    (runs / "c").mkdir()
+    assert changed.wait(60)
+    assert names(found) == ["b", "c"]
+
+
+def test_a_folder_that_cannot_be_asked_for_is_not_taken_for_removed(
+    runs: Path, found: Roster, changed: threading.Event
+):
+    (runs / "a").rmdir()
+    (runs / "a").symlink_to(
+        "a"
+    )  # as with a server that is away, `stat` says neither that it is there nor that it is not
+    (runs / "c").mkdir()
+    assert changed.wait(60)
+    assert sorted(names(found)) == ["a", "b", "c"]
