@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from rksp_core.errors import RkspError
+from rksp_monitor.printable import printable
 
 _INTERRUPTED = 130  # what Typer makes of Ctrl-C
 
@@ -117,7 +118,7 @@ def _usage(error: typer.TyperException) -> str:
 
 
 def _say(message: str, *, code: int = 2) -> int:
-    print(f"rksp: {message}", file=sys.stderr)  # noqa: T201
+    print(f"rksp: {printable(message)}", file=sys.stderr)  # noqa: T201
     return code
 
 

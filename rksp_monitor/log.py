@@ -23,6 +23,8 @@ from structlog.processors import NAME_TO_LEVEL
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
+from rksp_monitor.printable import printable
+
 PATIENCE = 5.0  # seconds that the first record waits for a reader who stopped reading
 PIECE = select.PIPE_BUF  # bytes that a pipe takes at once when it says that it takes any
 REMEMBERED = 10_000  # keys of `Once`
@@ -160,8 +162,4 @@ def _escape(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     del logger, method
     if "exception" in event:  # under this name it would be printed on lines of its own
         event["error"] = event.pop("exception")
-    return {_printable(name): _printable(value) if isinstance(value, str) else value for name, value in event.items()}
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return {printable(name): printable(value) if isinstance(value, str) else value for name, value in event.items()}

@@ -169,7 +169,7 @@ def _read(path: Path) -> tuple[Rules, tuple[Path, ...]]:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the web configuration {path} ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:  # without the text itself, which holds hashes
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # without the text itself, which holds hashes
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(f"{path} is no YAML{f' (line {mark.line + 1})' if mark else ''}") from None
     try:

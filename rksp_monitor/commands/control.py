@@ -19,6 +19,7 @@ import typer
 
 from rksp_core.errors import ConfigError
 from rksp_monitor.commands.one_run import ConfigFile, RunId, StateDir, one_run
+from rksp_monitor.printable import printable
 
 if TYPE_CHECKING:
     from rksp_core.orders import Levers
@@ -57,7 +58,7 @@ def status(
         print(json.dumps(standing.to_dict(), indent=1, allow_nan=False))
     else:
         for name, text in _lines(standing, now):
-            print(f"{name:9} {text}")
+            print(f"{name:9} {printable(text)}")
     return 0
 
 
@@ -117,9 +118,9 @@ def release(run_folder: RunFolder, config: ConfigFile = None, state_dir: StateDi
 
     run, settings = _existing(run_folder, config, state_dir, run_id)
     if not remove_hold(hold_file(run.ledger)):
-        print(f"run {run.name} was not held")
+        print(printable(f"run {run.name} was not held"))
         return 0
-    print(f"run {run.name} is the policy's again")
+    print(printable(f"run {run.name} is the policy's again"))
     _warn(run, settings)
     return 0
 
@@ -151,7 +152,7 @@ def _ask(
     run, settings = _existing(folder, config, state_dir, run_id)
     asked = Hold(levers, end, _user(), reason)
     write_hold(hold_file(run.ledger), asked, now)
-    print(f"run {run.name} is held: {_hold_line(asked, now, now)}")
+    print(printable(f"run {run.name} is held: {_hold_line(asked, now, now)}"))
     _warn(run, settings, levers)
     return 0
 
@@ -163,7 +164,7 @@ def _warn(run: Run, settings: RunSettings, levers: Levers | None = None) -> None
     refusal = None if levers is None else objection(run, levers)
     for problem in (look(run, settings, time.time()).hindrance, refusal and f"the trainer will reject it: {refusal}"):
         if problem:
-            print(f"rksp: {problem}", file=sys.stderr)
+            print(f"rksp: {printable(problem)}", file=sys.stderr)
 
 
 def _user() -> str:

@@ -14,6 +14,7 @@ import typer
 
 from rksp_core.errors import RkspError
 from rksp_monitor.commands.one_run import StateDir, one_run
+from rksp_monitor.printable import printable
 
 PACKAGES = ("torch", "numpy", "scipy", "safetensors", "prometheus-client", "pydantic", "watchdog", "typer")
 OPTIONAL = {
@@ -37,7 +38,7 @@ def doctor(
     good = True
     for passed, text in _findings(run_folder, config, listen, state_dir, deep=deep):
         good = good and passed is not False
-        print(f"{ {True: 'ok', False: 'FAIL', None: '--'}[passed]:4}  {text}")
+        print(f"{ {True: 'ok', False: 'FAIL', None: '--'}[passed]:4}  {printable(text)}")
     return 0 if good else 2
 
 

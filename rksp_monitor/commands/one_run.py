@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rksp_core.errors import ConfigError
+
 if TYPE_CHECKING:
     from rksp_monitor.config import RunEntry
     from rksp_monitor.run import Run
@@ -24,13 +26,15 @@ def one_run(
     Raises
     ------
     ConfigError
-        When the settings are wrong.
+        When the settings are wrong, or the folder is a pattern.
     """
     from rksp_monitor.config import read_settings
     from rksp_monitor.remote import as_path, is_local
-    from rksp_monitor.roster import find_runs
+    from rksp_monitor.roster import find_runs, is_pattern
     from rksp_monitor.run import describe_run
 
+    if is_pattern(folder):
+        raise ConfigError(f"{folder} is a pattern, and this is about one run; name its folder")
     settings = read_settings(config, {"state_dir": state_dir}, folders=[folder])
     wanted = as_path(folder)
     path, entry = next(

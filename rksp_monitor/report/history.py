@@ -21,6 +21,7 @@ from rksp_core.features import DISTANCES, FEATURES
 from rksp_core.orders import Levers, timestamp
 from rksp_core.policy import LEVELS, Decision, Evidence
 from rksp_monitor.history import BESIDE, FIGURES, SCHEMA, History, Row, Selection
+from rksp_monitor.printable import printable
 from rksp_monitor.report.columns import MISSING, number, share
 from rksp_monitor.report.drawing import draw, table
 
@@ -201,7 +202,7 @@ def _order(cells: dict[str, Cell]) -> str:
 def _note(cells: dict[str, Cell]) -> str:
     marks = [name.replace("_", " ") for name in ("set_aside", "late") if cells[name]]
     status = [] if cells["status"] == "done" else [str(cells["status"])]
-    text = ", ".join([*status, *marks, *(str(cells[name]) for name in ("error", "fired") if cells[name])])
+    text = printable(", ".join([*status, *marks, *(str(cells[name]) for name in ("error", "fired") if cells[name])]))
     return text if len(text) <= NOTE else text[: NOTE - 1] + "…"
 
 
@@ -238,5 +239,5 @@ def to_table(history: History, rows: Iterable[Row], *, width: int = 120, colour:
         cells = flat(row)
         shown.add_row(*(Text(show(cells)) for _, _, show in SHOWN), style="dim" if row.set_aside else None)
         count += 1
-    legend = Text(f"run {history.run}: {count} events; {_LEGEND}", style="dim")
+    legend = Text(f"run {printable(history.run)}: {count} events; {_LEGEND}", style="dim")
     return draw([shown, legend], shown, width, colour)

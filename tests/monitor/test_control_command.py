@@ -204,7 +204,8 @@ class TestStatus:
         assert "answer    rejected 1 at step 120" in control("status", folder, capsys=capsys)[0]
         writer.issue("seven", Levers(alpha=0.2), Reason(2, 200))
         listener = ControlListener(folder / "control", "seven")
-        listener.acknowledge(listener.poll(130), 130)
+        listener.acknowledge(listener.poll(130), 130, message="\x1b[2J no terminal's\nbusiness")
+        assert r"(\x1b[2J no terminal's\nbusiness)" in control("status", folder, capsys=capsys)[0]
         document = status(folder, capsys)
         assert (document["order"]["generation"], document["generation_gap"], document["answered"]) == (2, 0, True)
         assert "in force is 2: KSS 0.2" in control("status", folder, capsys=capsys)[0]

@@ -283,8 +283,21 @@ def test_a_state_folder_is_looked_into(folder: Path, tmp_path: Path, capsys: pyt
     assert "with --state-dir" in printed(folder, capsys=capsys, code=2)
 
 
+def test_what_a_checkpoint_wrote_commands_no_terminal(folder: Path, capsys: pytest.CaptureFixture[str]):
+    with open_ledger(folder / ".rksp" / f"{folder.name}.sqlite3", folder.name) as ledger:
+        ledger.record(Sighting(folder / "step-170", "folder", "checkpoint", 170, "f", True))
+        event = ledger.next_ready("checkpoint")
+        ledger.claim(event)
+        ledger.close_event(event, "failed", "it raised \x1b[2J\r\nOops")
+    table = printed(folder, capsys=capsys)
+    assert r"it raised \x1b[2J\r\nOops" in table
+    assert "\x1b" not in table
+
+
 MISTAKES = {
     "no ledger": (["{tmp}/nowhere"], "there is no ledger"),
+    "a pattern": (["{tmp}/no*"], "is a pattern, and this is about one run"),
+    "a line break": (["{tmp}/no\n\x1b[31mwhere.json"], "no\\n\\x1b[31mwhere.json cannot be read"),
     "no such export": (["{tmp}/nowhere.json"], "nowhere.json cannot be read (No such file or directory)"),
     "no history": (
         ["{tmp}/other.json"],

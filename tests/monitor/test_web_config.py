@@ -117,6 +117,8 @@ TLS = "tls_server_config: {cert_file: server.crt, key_file: server.key}\n"
         (f"basic_auth_users: {{anna: {HASH.replace('$04$', '$20$')}}}", "cost of 4 to 14"),
         ("- a", "the file must be a mapping"),
         ("a: [", r"is no YAML \(line 1\)"),
+        ("a: " + "[" * 5000, "is no YAML"),
+        ("a: 2026-13-32", "is no YAML"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_in_one_sentence(path: Path, text: str, problem: str):
