@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,6 +24,8 @@ from rksp_core.wasserstein import Curves, between, distances
 # The trailing average forgets a tenth in this many steps, whatever the interval between two profiles is.
 MEMORY_STEPS = 10
 MEMORY_KEPT = 0.9
+# How far a run wanders is averaged over this many events at least: one of them alone would say nothing.
+LEAST_EVENTS = 10
 
 Against = Literal["baseline", "trailing", "reference"]
 Numbers = Mapping[str, float]
@@ -30,10 +33,12 @@ Numbers = Mapping[str, float]
 
 @dataclass(frozen=True)
 class DriftState:
-    """What a run is compared with: its first profile, and the trailing average (and variance) of what followed.
+    """What a run is compared with: its first profile, and the trailing average of what followed.
 
-    ``baseline_curves`` and ``trailing_curves`` are quantiles of the eigenvalue moduli by layer, the second averaged as
-    spectra are (`rksp_core.wasserstein.between`). ``noise`` is the last measured, ``baseline_noise`` the first.
+    ``variance`` is the mean square of the deviations of the last events, each from the trailing average before it, and
+    ``events`` their number. ``baseline_curves`` and ``trailing_curves`` are quantiles of the eigenvalue moduli by
+    layer, the second averaged as spectra are (`rksp_core.wasserstein.between`). ``noise`` is the last measured,
+    ``baseline_noise`` the first.
     """
 
     identity: str
@@ -46,6 +51,7 @@ class DriftState:
     trailing_curves: Curves = field(default_factory=dict)
     baseline_noise: Numbers = field(default_factory=dict)
     noise: Numbers = field(default_factory=dict)
+    events: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -150,9 +156,12 @@ def measure(
         * against the baseline and the reference, the noise of both profiles, ``sqrt(noise^2 + noise_now^2)``; a profile
           whose noise was not measured has that of the last one before it that was. Both are on one probe, so part of
           their noise is the same and cancels: these sigmas are rather too small than too large.
-        * against the trailing average, ``sqrt(variance + noise_now^2)``: how far the run wanders anyway, and never less
-          than what another probe would have said, or a run that rests would make an alarm of nothing. Without a
-          measured noise it is the trailing standard deviation alone.
+        * against the trailing average, ``sqrt(variance + noise_now^2)``: how far the run wanders anyway from one event
+          to the next, and never less than what another probe would have said, or a run that rests would make an alarm
+          of nothing. Without a measured noise it is the first alone. It is ``v + b (d^2 - v)``, d the deviation and
+          ``b = max(min(a, 1/10), 1/n)`` at the n-th: the mean square at first, then with the average's memory, but of
+          ten events at least. (West 1979, ``(1 - a)(v + a d^2)``, is the variance about the average, which follows a
+          run that is profiled every 500 steps so closely that an ordinary step was 20 sigmas.)
 
     Raises
     ------
@@ -193,7 +202,7 @@ def rewind(state: DriftState, step: int, kept: Iterable[Drift] = ()) -> DriftSta
     that was undone: with them the trailing average is exactly what it was then, without them it starts anew. That of
     the spectra always does: a drift does not hold them.
     """
-    fresh = dataclasses.replace(state, step=step - 1, trailing={}, variance={}, trailing_curves={})
+    fresh = dataclasses.replace(state, step=step - 1, trailing={}, variance={}, trailing_curves={}, events=0)
     again = None
     for drift in kept:
         if drift.late or not state.baseline_step <= drift.step < step:
@@ -239,7 +248,8 @@ def _sigmas(drift: Drift, against: Against, other: Figures) -> Numbers:
 
 def _advance(state: DriftState, drift: Drift, now: Figures) -> DriftState:
     weight = 1.0 - MEMORY_KEPT ** ((drift.step - state.step) / MEMORY_STEPS)
-    trailing, variance = dict(state.trailing), dict(state.variance)
+    trailing, variance, events = dict(state.trailing), dict(state.variance), state.events + 1
+    share = max(min(weight, 1.0 / LEAST_EVENTS), 1.0 / events)
     # That of a spectrum is its distance, which makes its variance the Frechet variance about the barycenter.
     deviations = {name: apart["trailing"] for name, apart in drift.distances.items() if "trailing" in apart}
     for name, value in drift.values.items():
@@ -249,8 +259,9 @@ def _advance(state: DriftState, drift: Drift, now: Figures) -> DriftState:
         else:
             trailing[name] = value
     for name, deviation in deviations.items():
-        # Exponentially weighted variance: West 1979, with the same memory as the average.
-        variance[name] = (1.0 - weight) * (variance.get(name, 0.0) + weight * deviation**2)
+        square = min(deviation * deviation, sys.float_info.max)  # a loss that blows up may be 1e200
+        before = variance.get(name, square)
+        variance[name] = before + share * (square - before)
     return dataclasses.replace(
         state,
         step=drift.step,
@@ -259,4 +270,5 @@ def _advance(state: DriftState, drift: Drift, now: Figures) -> DriftState:
         trailing_curves=between(state.trailing_curves, now.curves, weight),
         baseline_noise=state.baseline_noise or now.noise,
         noise=now.noise,
+        events=events,
     )

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,6 +88,27 @@ def test_sigmas_are_deviations_over_the_trailing_deviation():
     assert drift.sigmas_from_trailing["near_unit_mass_min"] == pytest.approx(-10.0, rel=0.15)
 
 
+@pytest.mark.parametrize("interval", [10, 100, 1000])
+def test_a_run_that_only_wanders_is_rarely_three_sigmas_away_at_any_interval(interval: int):
+    generator = np.random.default_rng(0)
+    _, drifts = follow(
+        {interval * n: profile(near_unit_mass=float(x)) for n, x in enumerate(generator.normal(0.5, 0.01, 1000))}
+    )
+    sigmas = np.array([drift.sigmas_from_trailing["near_unit_mass_min"] for drift in drifts[2:]])
+    assert np.mean(np.abs(sigmas) > 3) < 0.02  # 0.003 of a normal distribution whose deviation is known exactly
+    assert np.std(sigmas) == pytest.approx(1.0, abs=0.15)
+    # At first it is the plain mean square of the deviations so far, each from the average before it.
+    moved = [drift.from_trailing("near_unit_mass_min") for drift in drifts[1:12]]
+    assert sigmas[9] == pytest.approx(moved[10] / np.sqrt(np.mean(np.square(moved[:10]))))
+
+
+def test_a_loss_that_is_as_large_as_a_float_can_be_is_measured():
+    state, _ = measure(None, profile(loss=1.0), 0)
+    for step, loss in ((10, 1e200), (20, 1e308), (30, 2.0)):
+        state, drift = measure(state, profile(loss=loss), step)
+    assert math.isfinite(drift.sigmas_from_trailing["loss"])
+
+
 def test_sigmas_from_the_baseline_are_over_the_noise_of_both_profiles():
     state, first = measure(None, profile(near_unit_mass=0.8, noise={"near_unit_mass_min": 0.03}), 0)
     assert first.sigmas_from_baseline["near_unit_mass_min"] == 0.0
@@ -141,7 +163,7 @@ def test_a_distance_in_sigmas_is_over_the_distances_so_far_and_its_noise():
     _, drifts = follow(
         {step: profile(modulus_quantiles=spectrum(x), noise={"wasserstein_mean": 0.2}) for step, x in moved.items()}
     )
-    variance = 0.9 * 0.1 * 0.5**2
+    variance = 0.5**2  # of the one deviation so far
     assert drifts[2].sigmas_from_trailing["wasserstein_mean"] == pytest.approx(0.95 / math.sqrt(variance + 0.04))
     assert drifts[2].sigmas_from_baseline["wasserstein_mean"] == pytest.approx(1.0 / math.sqrt(0.08))
 
