@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
-from rksp_core.errors import CheckpointError, ConfigError, RkspError
+from rksp_core.errors import ConfigError, RkspError
 
 # Where an object appears whole or not at all; sftp, smb, hdfs and the like are written bit by bit.
 OBJECT_STORES = frozenset(
@@ -81,30 +79,3 @@ def driver_errors(path: Path) -> Iterator[None]:
             raise
         first = " ".join(str(error).split())[:200]
         raise OSError(f"{path} cannot be reached ({type(error).__name__}: {first})") from error
-
-
-@contextlib.contextmanager
-def fetched(path: Path) -> Iterator[Path]:
-    """Give a local path of a file, for readers that need one: a local file itself, or a copy that is then removed.
-
-    Raises
-    ------
-    CheckpointError
-        When the temporary folder has no room for it.
-    OSError
-        When it is gone, or cannot be reached.
-    """
-    if is_local(path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="rksp-") as folder:
-        with driver_errors(path):
-            size, room = path.stat().st_size, shutil.disk_usage(folder).free
-            if size > room:
-                raise CheckpointError(
-                    f"{path} has {size >> 20} MiB, and {folder} has room for {room >> 20}; name a larger TMPDIR"
-                )
-            copy = Path(folder) / f"copy{path.suffix}"
-            remote = cast("Any", path)
-            remote.fs.get_file(remote.path, str(copy))
-        yield copy

@@ -12,10 +12,10 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from rksp_core.errors import CheckpointError, ConfigError
+from rksp_core.errors import ConfigError
 from rksp_monitor.checkpoints import read_weights
 from rksp_monitor.discovery import Scanner, Sighting
-from rksp_monitor.remote import as_path, driver_errors, fetched, is_local
+from rksp_monitor.remote import as_path, driver_errors, is_local
 from tests.core.profiles import profile
 from tests.monitor import tiny_model
 
@@ -177,26 +177,3 @@ def test_weights_are_read_from_a_bucket(run: Path, name: str):
     local, remote = read_weights(run / name), read_weights(as_path(BUCKET) / name)
     assert set(local) == set(remote)
     assert all(torch.equal(local[key], remote[key]) for key in local)
-
-
-def test_a_local_file_is_its_own_copy(run: Path):
-    with fetched(run / "step-3.pt") as path:
-        assert path == run / "step-3.pt"
-    assert path.is_file()
-
-
-@pytest.mark.usefixtures("bucket")
-def test_a_copy_of_a_remote_file_goes_when_it_is_done_with(run: Path):
-    with fetched(as_path(BUCKET) / "step-3.pt") as path:
-        assert path.suffix == ".pt"
-        assert path.read_bytes() == (run / "step-3.pt").read_bytes()
-    assert not path.exists()
-    with pytest.raises(FileNotFoundError), fetched(as_path(BUCKET) / "step-4.pt"):
-        pass
-
-
-@pytest.mark.usefixtures("bucket")
-def test_a_copy_that_has_no_room_is_not_begun(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    with pytest.raises(CheckpointError, match="name a larger TMPDIR"), fetched(as_path(BUCKET) / "step-3.pt"):
-        pass
