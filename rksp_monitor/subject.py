@@ -163,14 +163,27 @@ class Subject:
         MemoryLimitError
             When one sequence is too many everywhere.
         """
-        from rksp_monitor.checkpoints import read_weights, step_of
+        from rksp_monitor.checkpoints import in_one_state, read_weights, step_of
 
-        weights = read_weights(path, trust_pickle=self.settings.trust_pickle)
+        with in_one_state(path):
+            weights = read_weights(path, trust_pickle=self.settings.trust_pickle)
+            profile = self._fitting(weights, path.name, progress, noise=noise)
+        return dataclasses.replace(profile, step=step_of(path))
+
+    def _fitting(
+        self,
+        weights: Mapping[str, Tensor],
+        name: str,
+        progress: Callable[[int, int, str], None] | None,
+        *,
+        noise: bool,
+    ) -> ModelProfile:
+        """Profile with as many sequences in one forward pass as fit into memory."""
         if time.monotonic() - self._since > KEPT_SECONDS:
             self._used = 0
         while True:
             try:
-                profile = self._profile(weights, path.name, self._attempts[self._used], progress, noise=noise)
+                return self._profile(weights, name, self._attempts[self._used], progress, noise=noise)
             except (MemoryError, RuntimeError, RkspError) as error:
                 if not exhausted(error):
                     raise
@@ -179,8 +192,6 @@ class Subject:
                         f"out of memory on {self._attempts[-1].device}, even with one sequence at a time; "
                         "lower samples or the probe's length, or free some memory"
                     ) from error
-            else:
-                return dataclasses.replace(profile, step=step_of(path))
             self._used, self._since = self._used + 1, time.monotonic()
             self._release()  # outside of `except`: the error holds the tensors that did not fit
 

@@ -18,7 +18,8 @@ still being written looks damaged to most readers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
@@ -37,6 +38,7 @@ from rksp_monitor.checkpoints import (
 )
 from rksp_monitor.checkpoints.completeness import Completeness
 from rksp_monitor.checkpoints.names import shown
+from rksp_monitor.listing import versions
 from rksp_monitor.remote import is_local
 
 if TYPE_CHECKING:
@@ -117,6 +119,35 @@ def read_weights(path: Path, *, trust_pickle: bool = False) -> Mapping[str, Tens
     if not found:
         raise IncompleteCheckpoint(found.problem)
     return FORMATS[name].weights(path, trust_pickle=trust_pickle)
+
+
+@contextlib.contextmanager
+def in_one_state(path: Path) -> Iterator[None]:
+    """Check that no file of a folder was written anew meanwhile: shards of two states are no model of either.
+
+    What is gone by then does no harm, and a single file is read as it was when it was opened (`source`).
+
+    Raises
+    ------
+    IncompleteCheckpoint
+        At the end, when one was.
+    """
+    before = _states(path)
+    yield
+    after = _states(path) if len(before) > 1 else {}
+    anew = next((file for file, state in before.items() if after.get(file, state) != state), None)
+    if anew is not None:
+        raise IncompleteCheckpoint(f"{shown(path.name)}: {shown(anew.name)} was written anew while it was read")
+
+
+def _states(path: Path) -> dict[Path, str]:
+    """Return what tells the content of each file of a checkpoint; nothing when one cannot be looked at."""
+    name = format_of(path)
+    files = FORMATS[name].files(path) if name is not None else []
+    try:
+        return dict(zip(files, versions(files, inodes=False), strict=True))
+    except OSError:
+        return {}
 
 
 def step_of(path: Path) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from rksp_core.errors import MemoryLimitError, ModelError
+from rksp_core.errors import IncompleteCheckpoint, MemoryLimitError, ModelError
 from rksp_core.profile import SUMMARY_FIELDS, ModelProfile
 from rksp_monitor import subject as subjects
 from rksp_monitor.memory import exhausted, memory_limit
 from rksp_monitor.replay_worker import SUBJECTS, Subjects
 from rksp_monitor.subject import Subject, SubjectSettings
-from tests.monitor import tiny_model
+from rksp_monitor.weights import load_into
+from tests.monitor import broken, tiny_model
 
 HUNGRY = SubjectSettings("tests.monitor.tiny_model:build_hungry", samples=256, sequences=8, length=32, device="cpu")
 
@@ -37,6 +39,22 @@ def _hungry(most: int = 32, moves: int = 0, **changes: object) -> SubjectSetting
 def _assert_close(one: ModelProfile, other: ModelProfile) -> None:
     for name in SUMMARY_FIELDS:
         np.testing.assert_allclose(one.values(name), other.values(name), rtol=1e-10, err_msg=name)
+
+
+def test_shards_of_two_states_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The trainer went back, and writes the same step again while it is replayed."""
+    subject = Subject(SubjectSettings(broken.MODEL, arguments=broken.ARGUMENTS, samples=64, device="cpu"))
+    folder = broken.write(tmp_path / "step-100", "sharded", broken.weights())
+    shard = min(folder.glob("*.safetensors"))
+
+    def load(*given: object) -> None:
+        load_into(*given)
+        os.utime(shard, (1, 1))
+
+    monkeypatch.setattr("rksp_monitor.weights.load_into", load)
+    with pytest.raises(IncompleteCheckpoint, match="was written anew while it was read"):
+        subject.profile(folder)
+    assert subject.profile(folder).step == 100
 
 
 @pytest.mark.parametrize(("most", "left"), [(7, 4), (2, 2), (1, 1)])
