@@ -6,6 +6,7 @@ the ledger as its outcome, and the next one is processed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sqlite3
 import threading
@@ -287,7 +288,9 @@ class RunWatcher:
         if self._ending.stop.is_set():
             raise Abandoned
         if time.monotonic() - self._last_scan > self._around.poll_interval:
-            self._note(self._scanner.scan(self._ending.tick))
+            with contextlib.suppress(OSError):  # a folder that cannot be listed now is no fault of this checkpoint
+                self._note(self._scanner.scan(self._ending.tick))
+            self._last_scan = time.monotonic()
             self._obey()
             self._judge_profiles()
             self._deliver()
@@ -400,7 +403,7 @@ class RunWatcher:
         if event.attempts >= replay.attempts:
             self._close(event, "failed", problem)
             return
-        delay = min(replay.retry_delay * 2 ** (event.attempts - 1), RETRY_LIMIT)
+        delay = min(replay.retry_delay * 2.0 ** min(event.attempts - 1, 64), RETRY_LIMIT)
         self._log.warning("retry", step=event.step, path=str(event.path), problem=problem, seconds=delay)
         self._ledger.retry(event, problem, delay)
 

@@ -587,3 +587,40 @@ def test_an_order_is_renewed_in_time_though_the_watcher_only_observed_meanwhile(
     bench.writer.write(profile(**ALARM), 130)
     bench.run(enforce=True)
     assert desired(bench)["generation"] == 2, "the first one ends in a fifth of a day"
+
+
+def test_a_folder_that_cannot_be_listed_during_a_replay_costs_the_checkpoint_nothing(bench: Bench):
+    class Meanwhile(FakeReplayer):
+        def replay(self, path: Path, *, noise: bool, tick: Callable[[], None]) -> Replayed:
+            aside = path.parent.rename(bench.folder / "aside")
+            path.parent.symlink_to(path.parent)  # it is there, and `ls` says that it cannot be listed
+            end = time.monotonic() + 0.2
+            while time.monotonic() < end:
+                tick()
+            path.parent.unlink()
+            aside.rename(path.parent)
+            return super().replay(path, noise=noise, tick=tick)
+
+    tiny_model.save_folder(bench.folder, 100)
+    bench.run(Meanwhile({}))
+    with bench.ledger() as ledger:
+        (event,) = ledger.events()
+    assert (event.status, event.attempts) == ("done", 1)
+
+
+def test_the_back_off_of_a_checkpoint_that_is_tried_for_ever_stays_bounded(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    def hurried() -> float:
+        bench.now += 50
+        return bench.now
+
+    tiny_model.save_folder(bench.folder, 100)
+    with pytest.raises(ModelError):
+        bench.run(FakeReplayer({100: ModelError("no module")}))
+    with bench.ledger() as ledger:
+        ledger._database.execute("UPDATE events SET attempts = 2000")
+    monkeypatch.setattr(bench, "clock", hurried)
+    bench.run(FakeReplayer({100: [CorruptCheckpoint("bad"), profile()]}), replay={"attempts": 10_000})
+    assert [log["seconds"] for log in bench.logs if log["event"] == "retry"] == [300]
+    assert bench.statuses() == {100: "done"}
