@@ -123,7 +123,7 @@ class RunSettings(Section):
     )
     enforce: bool = Field(default=False, description="Whether to write orders; false only logs and exports them.")
     trust_pickle: bool = Field(
-        default=False, description="Whether formats that are pickles are read: such a checkpoint can run any code."
+        default=False, description="Whether objects that are no tensors, as DeepSpeed's, are looked past; none is run."
     )
     backlog: Literal["all", "latest"] | Every = Field(
         default="all", description="Checkpoints to judge: all, the latest that wait, or some ({every: STEPS})."

@@ -40,8 +40,8 @@ class SubjectSettings:
     cpu_fallback
         Whether a checkpoint that does not fit the device, one sequence at a time, is profiled on the CPU.
     trust_pickle
-        Whether formats that cannot be read without unpickling are read: **such a checkpoint can run any code**, as the
-        user that runs this. Never for checkpoints of somebody else.
+        Whether objects that are no tensors, as DeepSpeed's, are looked past in a pickle; none of them is ever made or
+        run (`checkpoints.inert_pickle`).
     noise_groups
         Groups of sequences that the standard errors of a profile are measured over, where they are asked for.
     """

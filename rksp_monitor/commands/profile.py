@@ -34,6 +34,9 @@ Blocks = Annotated[str | None, typer.Option(metavar="GLOB", help="Residual block
 Samples = Annotated[int, typer.Option(min=2, help="Token states to profile.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of random tokens and sampling.")]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:n]")]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Look past objects that are no tensors, as DeepSpeed's; none is run.")
+]
 Form = Annotated[Format, typer.Option("--format", help="Of the report on stdout.")]
 OutputFile = Annotated[Path | None, typer.Option(help="Write the report there instead of to stdout.")]
 
@@ -47,13 +50,14 @@ def profile(
     samples: Samples = 2048,
     seed: Seed = 0,
     device: Device = "auto",
+    trust_pickle: TrustPickle = False,
     form: Form = "table",
     output_file: OutputFile = None,
 ) -> int:
     """Profile one checkpoint on a probe."""
     if output_file is not None:
         require_writable(output_file)
-    source = _Source(model, parse_arguments(arg or []), probe, blocks, samples, seed, device)
+    source = _Source(model, parse_arguments(arg or []), probe, blocks, samples, seed, device, trust_pickle)
     result = source.profile(checkpoint)
     if form == "json":
         text = json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n"
@@ -75,6 +79,7 @@ def compare(
     samples: Samples = 2048,
     seed: Seed = 0,
     device: Device = "auto",
+    trust_pickle: TrustPickle = False,
     form: Form = "table",
     output_file: OutputFile = None,
 ) -> int:
@@ -83,7 +88,7 @@ def compare(
         require_writable(output_file)
     from rksp_core.compare import compare as set_beside
 
-    source = _Source(model, parse_arguments(arg or []), probe, blocks, samples, seed, device)
+    source = _Source(model, parse_arguments(arg or []), probe, blocks, samples, seed, device, trust_pickle)
     before, after = source.profile(baseline), source.profile(checkpoint)
     comparison = set_beside(before, after)
     if form == "json":
@@ -110,6 +115,7 @@ class _Source:
         samples: int,
         seed: int,
         device: str,
+        trust_pickle: bool,
     ) -> None:
         self._model, self._probe = model, probe
         self._options: dict[str, Any] = {
@@ -118,6 +124,7 @@ class _Source:
             "samples": samples,
             "seed": seed,
             "device": device,
+            "trust_pickle": trust_pickle,
         }
         self._subject: Subject | None = None
 

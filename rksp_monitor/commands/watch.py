@@ -53,7 +53,7 @@ def watch(
     ] = False,
     trust_pickle: Annotated[
         bool | None,
-        typer.Option("--trust-pickle", help="Read formats that are pickles: such a checkpoint can run any code."),
+        typer.Option("--trust-pickle", help="Look past objects that are no tensors, as DeepSpeed's; none is run."),
     ] = None,
     web_config: Annotated[
         Path | None, typer.Option(help="TLS and basic auth of the endpoint: Prometheus' web.config.file.")

@@ -48,6 +48,17 @@ def test_the_table_names_every_layer(folder: Path, capsys: pytest.CaptureFixture
     assert "(step 100)" in table
 
 
+def test_deepspeed_is_profiled_where_it_is_allowed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    deepspeed = tmp_path / "global_step100"
+    deepspeed.mkdir()
+    module = tiny_model.build().state_dict()
+    torch.save({"module": module, "dp_world_size": 1, "ds_config": {}}, deepspeed / "mp_rank_00_model_states.pt")
+    assert run(["profile", str(deepspeed), *FLAGS]) == 2
+    assert "allow it with --trust-pickle" in capsys.readouterr().err
+    assert run(["profile", str(deepspeed), *FLAGS, "--trust-pickle"]) == 0
+    assert run(["compare", str(folder / "step-00000100"), str(deepspeed), *FLAGS, "--trust-pickle"]) == 0
+
+
 def test_a_profile_file_serves_as_a_baseline(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     before = tmp_path / "before.json"
     assert (
