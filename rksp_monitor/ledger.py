@@ -18,7 +18,7 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -119,6 +119,14 @@ class Ledger:
             raise ConfigError(f"the ledger {path} was removed or replaced while it was in use")
 
     # -- events
+
+    def record_all(self, sightings: Iterable[Sighting]) -> list[Sighting]:
+        """Note what a scan saw, in one transaction; return what is new.
+
+        The first scan of a run that was not watched sees all of it: a transaction each would be a hundred a second.
+        """
+        with self._transaction():
+            return [sighting for sighting in sightings if self.record(sighting)]
 
     def record(self, sighting: Sighting) -> bool:
         """Note what a scan saw; return whether it is new: never seen, or complete for the first time."""

@@ -219,8 +219,8 @@ class RunWatcher:
         if sightings is not self._noted:
             self._noted, self._present = sightings, {sighting.path for sighting in sightings}
             self._refused = {sighting.path for sighting in sightings if sighting.refused}
-            for sighting in sightings:
-                if self._ledger.record(sighting) and not sighting.settling:
+            for sighting in self._ledger.record_all(sightings):
+                if not sighting.settling:
                     self._found(sighting)
         for sentence in self._scanner.unreadable:
             if self._is_news(f"unreadable {sentence}", sentence):

@@ -286,3 +286,16 @@ def test_an_earlier_content_of_a_path_does_not_count_as_near(ledger: Ledger):
     again, beside = ledger.events("ready")
     assert not ledger.near_judged(again, 100)
     assert ledger.near_judged(beside, 100)
+
+
+def test_a_scan_is_one_transaction_however_much_it_saw(tmp_path: Path):
+    path = tmp_path / "run.sqlite3"
+    with open_ledger(path, "run") as ledger:
+        began = []
+        ledger._database.set_trace_callback(lambda text: began.append(text) if text.startswith("BEGIN") else None)
+        seen = [sighting(step) for step in range(100)] + [sighting(100, complete=False)]
+        assert ledger.record_all(seen) == seen
+        assert ledger.record_all(seen) == []
+        ledger._database.set_trace_callback(None)
+        assert len(began) == 2
+        assert (ledger.counts()["ready"], ledger.counts()["seen"]) == (100, 1)
