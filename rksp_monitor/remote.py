@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from rksp_core.errors import ConfigError, RkspError
 
@@ -30,7 +30,8 @@ def as_path(text: str | Path) -> Path:
     Raises
     ------
     ConfigError
-        When the scheme is unknown, or its driver is not installed: the message names the package.
+        When the scheme is unknown, or its driver is not installed: the message names the package; or when a
+        ``file://`` names another machine.
     """
     if not isinstance(text, str):
         return text
@@ -38,7 +39,10 @@ def as_path(text: str | Path) -> Path:
     if found is None:
         return Path(text)
     if found[1].lower() in ("file", "local"):
-        return Path(unquote(urlsplit(text).path))
+        host, _, place = text[found.end() :].partition("/")
+        if host not in ("", "localhost"):
+            raise ConfigError(f"{text} names a machine, {host}; a folder of this one is file:///{host}/{place}")
+        return Path("/", unquote(place))
     from fsspec import available_protocols, get_filesystem_class  # type: ignore[import-untyped]
     from upath import UPath
 

@@ -16,7 +16,7 @@ from typing import BinaryIO, Literal
 from rich.text import Text
 
 from rksp_core.drift import Against
-from rksp_core.errors import ConfigError
+from rksp_core.errors import ConfigError, RkspError
 from rksp_core.features import DISTANCES, FEATURES
 from rksp_core.orders import Levers, timestamp
 from rksp_core.policy import LEVELS, Decision, Evidence
@@ -62,7 +62,23 @@ BATCH = 1000  # rows of a Parquet row group
 
 
 def flat(row: Row) -> dict[str, Cell]:
-    """Return a row as `COLUMNS`: one value or None each; times in seconds since the epoch."""
+    """Return a row as `COLUMNS`: one value or None each; times in seconds since the epoch.
+
+    Raises
+    ------
+    ConfigError
+        When its documents are none: somebody changed the export.
+    """
+    try:
+        return _flat(row)
+    except (LookupError, TypeError, ValueError, AttributeError, RkspError) as error:
+        what = printable(repr(error))
+        raise ConfigError(
+            f"what is kept of {row.kind} {row.step} cannot be read ({what}); export it anew, from its ledger"
+        ) from error
+
+
+def _flat(row: Row) -> dict[str, Cell]:
     cells: dict[str, Cell] = dict.fromkeys(COLUMNS)
     cells |= {name: getattr(row, name) for name in list(COLUMNS)[:9]}
     cells |= row.figures

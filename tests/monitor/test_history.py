@@ -304,6 +304,7 @@ MISTAKES = {
         "a history has schema 'rksp.history/1', {tmp}/other.json has 'rksp.profile/1'",
     ),
     "damaged": (["{tmp}/damaged.json"], "is damaged"),
+    "damaged documents": (["{tmp}/documents.json"], "what is kept of profile 1 cannot be read"),
     "no database": (["{tmp}/text.sqlite3"], "cannot be read as a ledger (file is not a database)"),
     "parquet on stdout": (["{run}", "--format", "parquet"], "name a file with --output-file"),
     "no folder": (["{run}", "--output-file", "{tmp}/no/x.csv"], "cannot be written"),
@@ -315,6 +316,8 @@ MISTAKES = {
 def test_a_mistake_is_one_sentence(name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "other.json").write_text('{"schema": "rksp.profile/1"}')
     (tmp_path / "damaged.json").write_text('{"schema": "rksp.history/1", "run": "r", "rows": [{"step": "seven"}]}')
+    row = '{"kind": "profile", "step": 1, "status": "done", "evidence": {}, "decision": {"level": 1}}'
+    (tmp_path / "documents.json").write_text(f'{{"schema": "rksp.history/1", "run": "r", "rows": [{row}]}}')
     (tmp_path / "text.sqlite3").write_text("this is no database, and long enough to be read as one" * 100)
     argv, message = MISTAKES[name]
     said = printed(*(argument.format(tmp=tmp_path, run=folder) for argument in argv), capsys=capsys, code=2)
@@ -339,7 +342,7 @@ def test_an_export_that_fails_halfway_leaves_what_was_there(folder: Path, tmp_pa
     database.close()
     path = tmp_path / "history.csv"
     path.write_text("before")
-    with pytest.raises(KeyError):
+    with pytest.raises(ConfigError, match="what is kept of profile 150"):
         history(str(folder), form="csv", output_file=path)
     assert path.read_text() == "before"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["history.csv", "run"]

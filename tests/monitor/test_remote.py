@@ -29,6 +29,7 @@ BUCKET = "memory://bucket/run"
         ("/data/a b", "/data/a b"),
         ("file:///data/a%20b", "/data/a b"),
         ("file://localhost/data", "/data"),
+        ("file:///data/a#1?b", "/data/a#1?b"),
         ("a:b", "a:b"),
         (Path("x"), "x"),
     ],
@@ -50,6 +51,11 @@ def test_a_driver_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ConfigError, match="s3://bucket/run needs a package that is not installed: Install s3fs"):
         as_path("s3://bucket/run")
+
+
+def test_a_file_of_another_machine_is_refused():
+    with pytest.raises(ConfigError, match="a folder of this one is file:///data/run"):
+        as_path("file://data/run")
 
 
 def test_an_unknown_scheme_is_answered_with_the_nearest_one():
