@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sqlite3
 import threading
 import time
@@ -43,6 +44,7 @@ from rksp_monitor.orders import Orders
 from rksp_monitor.replay import Abandoned, Replayed
 from rksp_monitor.run import Run
 
+EARLIER_WAITS = 2.0  # seconds that a checkpoint gives an earlier one that was found with it, and has yet to settle
 RETRY_LIMIT = 300.0  # seconds: the back-off of a checkpoint stops doubling here
 WORKER_RETRY = 5.0  # seconds until a worker that could not be started is started again
 SUBJECT_RETRY = 60.0  # seconds until a model that could not be built is tried again
@@ -151,6 +153,7 @@ class RunWatcher:
         self._noted: list[Sighting] = []
         self._present: set[Path] = set()
         self._refused: set[Path] = set()
+        self._settling: float = math.inf  # the first step that has yet to settle
         self._hold: Hold | None = None
         self._said: dict[str, Any] = {}
         self.judged = 0
@@ -218,6 +221,8 @@ class RunWatcher:
         """Bring the ledger up to date with a scan, whose list is the last one's when nothing changed."""
         if sightings is not self._noted:
             self._noted, self._present = sightings, {sighting.path for sighting in sightings}
+            settling = [sighting.step for sighting in sightings if sighting.settling and sighting.kind == "checkpoint"]
+            self._settling = min(settling, default=math.inf)
             self._refused = {sighting.path for sighting in sightings if sighting.refused}
             for sighting in self._ledger.record_all(sightings):
                 if not sighting.settling:
@@ -269,6 +274,8 @@ class RunWatcher:
     def _next_checkpoint(self) -> Event | None:
         """Return the checkpoint of the lowest step that the backlog policy wants; pass over the others."""
         while not self._waits_for_subject and (event := self._next("checkpoint")) is not None:
+            if event.step > self._settling and 0 <= self._clock() - event.first_seen < EARLIER_WAITS:
+                return None
             backlog = self.settings.backlog
             if backlog == "latest" and self._ledger.later_ready(event):
                 self._close(event, "skipped", "a later checkpoint was there already (backlog: latest)")

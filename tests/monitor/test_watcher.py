@@ -137,6 +137,18 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
+def test_what_is_known_to_be_whole_at_once_does_not_overtake_what_settles(bench: Bench):
+    """Step 50 carries the mark that is written last, the others were copied: they are judged in order all the same."""
+    for step in (10, 20, 30, 50):
+        path = tiny_model.save_folder(bench.folder, step)
+        if step < 50:
+            (path / "checkpoint.json").unlink()
+    replayer = FakeReplayer({})
+    bench.run(replayer)
+    assert replayer.seen == [10, 20, 30, 50]
+    assert not [log for log in bench.logs if log["event"] == "rewound"]
+
+
 def desired(bench: Bench) -> dict[str, Any]:
     return json.loads((bench.folder / "control" / "desired.json").read_text())
 
