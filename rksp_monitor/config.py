@@ -117,7 +117,9 @@ class RunSettings(Section):
     )
     blocks: str | None = Field(default=None, description="Glob of the residual blocks; null finds them.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of a random probe, the model and the subsampling.")
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:n.")
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$", description="auto, cpu, cuda or cuda:n."
+    )
     run_id: str | None = Field(
         default=None, description="Name of the run; null takes the trainer's, or the folder's name."
     )

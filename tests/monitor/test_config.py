@@ -106,6 +106,7 @@ MISTAKES = {
     "policy: {rules: [{name: a, level: 1, all: [{metric: loss, by: 1, against: past}]}]}": "got 'past'",
     "poll_interval: 0": "poll_interval: input should be greater than 0, got 0",
     "fail_on: low": "fail_on: ",
+    "device: tpu": "device: string should match pattern '^(auto|cpu|cuda",
     "listen: nowhere": "an address is host:port",
     "control: {mode: rw}": "control.mode: ",
     "runs: [{folder: a, backlogg: all}]": "unknown key 'runs.0.backlogg'; did you mean 'runs.0.backlog'",
