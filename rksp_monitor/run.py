@@ -15,7 +15,7 @@ from rksp_core.errors import ConfigError
 from rksp_monitor.checkpoints.names import step_in
 from rksp_monitor.config import RunSettings
 from rksp_monitor.filesystem import is_remote
-from rksp_monitor.remote import is_local
+from rksp_monitor.remote import driver_errors, is_local
 
 CONFIG = "config.yaml"
 PROBE = "probe.safetensors"
@@ -53,7 +53,14 @@ def describe_run(folder: Path, settings: RunSettings, state_dir: Path | None = N
     ------
     ConfigError
         When the probe that the settings name is not there, or the trainer's configuration may not be read.
+    OSError
+        When the folder cannot be looked at for now.
     """
+    with driver_errors(folder):
+        return _described(folder, settings, state_dir)
+
+
+def _described(folder: Path, settings: RunSettings, state_dir: Path | None) -> Run:
     trainer = _trainer_config(folder)
     section = trainer.get("control")
     stated = section.get("folder") if isinstance(section, dict) else None
@@ -117,11 +124,15 @@ def _trainer_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with driver_errors(path):
+            content = path.read_bytes()
+        document = yaml.safe_load(content)
     except (ValueError, RecursionError, yaml.YAMLError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return {}
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); it names the run and its model") from error
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror or error}); it names the run and its model"
+        ) from error
     return document if isinstance(document, dict) else {}
 
 

@@ -20,6 +20,7 @@ from rksp_monitor.discovery import Scanner
 from rksp_monitor.filesystem import describe
 from rksp_monitor.ledger import open_ledger
 from rksp_monitor.reference import read_references
+from rksp_monitor.remote import driver_errors
 from rksp_monitor.replay import ReplayPool
 from rksp_monitor.run import CONFIG, Run, describe_run
 from rksp_monitor.subject import SubjectSettings
@@ -164,10 +165,11 @@ class RunThread:
             self._tick()
 
     def _watch(self) -> Watched:
-        if self._task.once and not self.folder.is_dir():
-            raise ConfigError(f"there is no run folder {self.folder}")
-        if not self._task.once and not self._await_folder():
-            return Watched(0, 0, "stopped")
+        with driver_errors(self.folder):
+            if self._task.once and not self.folder.is_dir():
+                raise ConfigError(f"there is no run folder {self.folder}")
+            if not self._task.once and not self._await_folder():
+                return Watched(0, 0, "stopped")
         run = describe_run(self.folder, self.settings, self._state_dir)
         self._begin_series(run)
         with open_ledger(run.ledger, run.name, clock=self._around.clock) as ledger:

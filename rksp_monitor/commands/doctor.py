@@ -47,6 +47,7 @@ def _findings(
 ) -> Iterator[tuple[bool | None, str]]:
     from rksp_monitor.checkup import check_process, check_run
     from rksp_monitor.config import read_settings
+    from rksp_monitor.remote import driver_errors
     from rksp_monitor.roster import find_runs
 
     yield from _packages()
@@ -63,7 +64,8 @@ def _findings(
     for folder in folders:
         try:
             run, own = one_run(folder, config, state_dir)
-            yield from check_run(run, own, deep=deep)
+            with driver_errors(run.folder):
+                yield from check_run(run, own, deep=deep)
         except (RkspError, OSError) as error:
             yield False, f"{folder}: {error}"
     if settings.runs and not folders:

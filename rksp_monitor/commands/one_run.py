@@ -26,7 +26,7 @@ def one_run(
     Raises
     ------
     ConfigError
-        When the settings are wrong, or the folder is a pattern.
+        When the settings are wrong, the folder is a pattern, or it cannot be looked at.
     """
     from rksp_monitor.config import read_settings
     from rksp_monitor.remote import as_path, is_local
@@ -44,4 +44,7 @@ def one_run(
     )
     if run_id is not None:
         entry = entry.model_copy(update={"run_id": run_id})
-    return describe_run(path, entry, settings.state_dir), entry
+    try:
+        return describe_run(path, entry, settings.state_dir), entry
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be looked at ({error})") from error

@@ -14,6 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from rksp_core.errors import ConfigError
 from rksp_monitor.checkpoints import read_weights
+from rksp_monitor.cli import run as run_command
 from rksp_monitor.discovery import Scanner, Sighting
 from rksp_monitor.remote import as_path, driver_errors, is_local
 from tests.core.profiles import profile
@@ -170,6 +171,28 @@ def test_a_remote_that_fails_is_an_oserror_until_it_works_again(
         ):
             scanner.scan()
     assert scanner.scan() == before
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["doctor"], ["history"], ["control", "status"], ["control", "hold", "--reason", "x"], ["watch", "--once"]],
+    ids=" ".join,
+)
+def test_a_remote_that_refuses_us_is_one_sentence(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    class ClientError(Exception):
+        """An error of the driver's own, as botocore's."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ClientError("An error occurred (403)\nForbidden")
+
+    for name in ("ls", "info", "_open"):
+        monkeypatch.setattr(MemoryFileSystem, name, refuse)
+    assert run_command([*argv, BUCKET, "--state-dir", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert "ClientError: An error occurred (403) Forbidden" in said.out + said.err
+    assert "raceback" not in said.err
 
 
 def test_errors_of_a_local_path_are_left_alone():
