@@ -138,10 +138,10 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, capsys: pytest.Cap
 
 
 def test_a_trainers_configuration_that_may_not_be_read_is_no_guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refused(*_: object, **__: object) -> str:
+    def refused(*_: object, **__: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refused)
+    monkeypatch.setattr(Path, "read_bytes", refused)
     with pytest.raises(ConfigError, match=r"config\.yaml cannot be read \(Permission denied\)"):
         describe_run(tmp_path, RunSettings())
 
