@@ -45,7 +45,7 @@ PAGE = b"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>rksp watch</title></head><body><h1>rksp watch</h1><ul>
 <li><a href="/metrics">/metrics</a> for Prometheus</li>
 <li><a href="/healthz">/healthz</a>: does the watcher work?</li>
-<li><a href="/readyz">/readyz</a>: is every run being watched?</li>
+<li><a href="/readyz">/readyz</a>: has it started?</li>
 </ul></body></html>
 """
 

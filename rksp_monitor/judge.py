@@ -21,6 +21,8 @@ from rksp_monitor.ledger import Event, Ledger, Outcome
 from rksp_monitor.orders import Orders
 
 KINDS = ("checkpoint", "profile")
+OLD_SECONDS = 60.0  # after which evidence that a later event overtakes gives no order
+CATCHING_UP = Hold(by="rksp", reason="what is judged is old, and later events wait")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Judge:
         self._references, self._clock, self._warn = dict(references), clock, warn
         stored = ledger.load("policy")
         state = PolicyState.from_dict(stored) if stored else PolicyState()
+        self._overtaken = ledger.load("overtaken") or {}
         self.state = orders.reconcile(state) if settings.enforce else state
 
     def wants_noise(self, event: Event) -> bool:
@@ -68,29 +71,48 @@ class Judge:
         """
         before, state = self._drift_state(event.kind), self.state
         policy, documents, rewound = self._settings.policy, dict[str, Any](), None
-        if before is not None and event.step <= before.step and self._ledger.went_back(event):
+        document = profile.to_dict(eigenvalues=False)
+        if before is not None and event.step <= before.step and self._ledger.went_back(event, document):
             rewound = before.step
             state = policies.rewind(state, event.step, policy, self._kept(event))
             documents = self._rewound(event)
             before = DriftState.from_dict(documents[f"drift/{event.kind}"])
         after, drift = measure(before, profile, event.step, self._reference(event.kind, profile))
         evidence = Evidence(drift, self._clock(), event.kind, rewound=rewound is not None)
-        state, decision = decide(state, evidence, policy, hold)
+        overtaken = self._is_overtaken(event)
+        state, decision = decide(state, evidence, policy, hold or (CATCHING_UP if overtaken else None))
         documents |= self._documents(state, decision)
+        documents["overtaken"] = {"kind": event.kind, "step": event.step} if overtaken else {}
         if after is not None:
             documents[f"drift/{event.kind}"] = after.to_dict()
-        outcome = Outcome(profile.to_dict(eigenvalues=False), evidence.to_dict(), decision.to_dict())
+        outcome = Outcome(document, evidence.to_dict(), decision.to_dict())
         self._ledger.finish(event, outcome, documents, undone=rewound is not None)
-        self.state = state
+        self.state, self._overtaken = state, documents["overtaken"]
         return Judgement(drift, decision, rewound)
 
     def obey(self, hold: Hold | None) -> Decision | None:
         """Take a person's word into account at once; return what it led to, None when it changed nothing."""
-        state, decision = decree(self.state, self._settings.policy, hold, self._clock())
+        if self._overtaken and not self._ledger.later_ready(**self._overtaken):
+            self._overtaken = {}
+        in_force = hold or (CATCHING_UP if self._overtaken else None)
+        state, decision = decree(self.state, self._settings.policy, in_force, self._clock())
         if state != self.state:
             self._ledger.store(self._documents(state, decision))
             self.state = state
         return decision
+
+    def _is_overtaken(self, event: Event) -> bool:
+        """Whether this is old evidence, and a later event of its kind waits: a trainer must not be told of that.
+
+        A watcher that is attached to a run in its midst, or was away for a while, sees what it missed all at once.
+        """
+        if not self._ledger.later_ready(event.kind, event.step):
+            return False
+        try:
+            written = event.path.stat().st_mtime
+        except OSError:
+            written = event.first_seen
+        return self._clock() - written > OLD_SECONDS
 
     def _rewound(self, event: Event) -> dict[str, Any]:
         """Return the drift states, of both kinds of events, for a run that went back to before the event's step."""
@@ -121,7 +143,7 @@ class Judge:
     def _documents(self, state: PolicyState, decision: Decision | None) -> dict[str, Any]:
         documents: dict[str, Any] = {"policy": state.to_dict()}
         if self._settings.enforce and decision is not None:
-            documents |= self._orders.prepare(decision, self._settings.policy.expires_in)
+            documents |= self._orders.prepare(decision, self._settings.policy.expires_in, self._clock())
         return documents
 
     def _drift_state(self, kind: str) -> DriftState | None:

@@ -139,6 +139,9 @@ class Ledger:
                 return self._insert(sighting, _PENDING, "seen", sighting.problem, now)
             same = "run = ? AND kind = ? AND step = ? AND path = ?"
             self._database.execute(f"DELETE FROM events WHERE {same} AND fingerprint = ?", (*key, _PENDING))  # noqa: S608
+            if self._moved(sighting):
+                self._recorded.add((sighting.path, sighting.fingerprint))
+                return False
             fresh = self._insert(sighting, sighting.fingerprint, "ready", "", now) or self._is_back(key, sighting, now)
             if fresh:
                 self._database.execute(
@@ -148,6 +151,12 @@ class Ledger:
                 )
         self._recorded.add((sighting.path, sighting.fingerprint))
         return fresh
+
+    def _moved(self, sighting: Sighting) -> bool:
+        """Follow what is known to another path: the run folder was renamed, or is named otherwise than before."""
+        known = (self._run, sighting.kind, sighting.step, sighting.fingerprint, str(sighting.path))
+        statement = "UPDATE OR IGNORE events SET path = ? WHERE run = ? AND kind = ? AND step = ? AND fingerprint = ?"
+        return self._database.execute(f"{statement} AND path != ?", (known[-1], *known)).rowcount > 0
 
     def _is_back(self, key: tuple[Any, ...], sighting: Sighting, now: float) -> bool:
         """Make what had vanished and is there again, unchanged, ready: the disk it lies on was away, say."""
@@ -244,11 +253,11 @@ class Ledger:
         ).fetchone()
         return row is not None
 
-    def later_ready(self, event: Event) -> bool:
-        """Whether an event of its kind and a higher step waits too."""
+    def later_ready(self, kind: str, step: int) -> bool:
+        """Whether an event of this kind and a higher step waits."""
         row = self._database.execute(
             "SELECT 1 FROM events WHERE run = ? AND kind = ? AND status = 'ready' AND step > ? LIMIT 1",
-            (self._run, event.kind, event.step),
+            (self._run, kind, step),
         ).fetchone()
         return row is not None
 
@@ -260,20 +269,24 @@ class Ledger:
         ).fetchone()
         return int(row[0])
 
-    def went_back(self, event: Event) -> bool:
+    def went_back(self, event: Event, profile: Mapping[str, Any]) -> bool:
         """Whether an event below the last judged step shows that the trainer went back to an earlier checkpoint.
 
-        It does when the same path was judged with other content; or when it is the third in a row, each of a higher
-        step than the one before, that was seen only after that last step was judged. One or two may just be late.
+        It does when the same path was judged with another profile (a file that was only touched, copied back or moved
+        to another disk has the same one); or when it is the third in a row, each of a higher step than the one before,
+        that was seen only after that last step was judged. One or two may just be late.
         """
         same = "run = ? AND kind = ? AND status = 'done' AND id != ?"
         who = (self._run, event.kind, event.id)
-        again = self._database.execute(
-            f"SELECT 1 FROM events INDEXED BY events_path WHERE {same} AND path = ? LIMIT 1",  # noqa: S608
+        before = self._database.execute(
+            f"SELECT profile FROM events INDEXED BY events_path WHERE {same} AND path = ? "  # noqa: S608
+            "ORDER BY ordinal DESC LIMIT 1",
             (*who, str(event.path)),
         ).fetchone()
-        if again is not None:
-            return True
+        if before is not None:
+            # The noise is measured now and then. What is compared went through JSON, which writes a float exactly.
+            old, new = (dict(each, noise=None) for each in (unpack(before[0]), profile))
+            return old != new
         highest = self._database.execute(
             f"SELECT step, judged FROM events WHERE {same} AND set_aside = 0 ORDER BY step DESC LIMIT 1",  # noqa: S608
             who,
@@ -411,8 +424,11 @@ def _migrate(database: sqlite3.Connection) -> None:
     version = database.execute("PRAGMA user_version").fetchone()[0]
     for step in range(version or _VERSION, _VERSION):
         for statement in _MIGRATIONS[step]:
-            with contextlib.suppress(sqlite3.OperationalError):  # the column is there: a crash came between the two
+            try:
                 database.execute(statement)
+            except sqlite3.OperationalError as error:
+                if "duplicate column" not in str(error):  # else a crash came between two statements
+                    raise
     database.executescript(_SCHEMA)
     database.execute(f"PRAGMA user_version = {_VERSION}")
 

@@ -134,7 +134,10 @@ METRICS: tuple[Definition, ...] = (
     ),
     _gauge("rksp_control_acknowledgement_overdue", "1 while an order waits too long for the trainer's answer, else 0."),
     _gauge("rksp_control_held", "1 while a person holds the policy back or ordered something else, else 0."),
-    _gauge("rksp_run_suspended", "1 while the run cannot be watched and is tried again, for the reason in the log."),
+    _gauge(
+        "rksp_run_suspended",
+        "1 while the run, or its checkpoints, cannot be watched and are tried again, for the reason in the log.",
+    ),
     _gauge("rksp_run_last_scan_timestamp_seconds", "Time at which the run's folder was last looked through."),
     _gauge("rksp_checkpoint_last_processed_step", "Training step of the newest event that was judged."),
     _gauge("rksp_checkpoint_last_processed_timestamp_seconds", "Time at which an event was last judged."),

@@ -31,16 +31,23 @@ class Orders:
         stored = self._ledger.load(STATE)
         return Desired.from_dict(stored) if stored else None
 
-    def prepare(self, decision: Decision, expires_in: float | None) -> Mapping[str, Mapping[str, Any]]:
-        """Return the documents to store in the ledger for a decision: the next order, or nothing."""
+    def prepare(self, decision: Decision, expires_in: float | None, now: float) -> Mapping[str, Mapping[str, Any]]:
+        """Return the documents to store in the ledger for a decision: the next order, or nothing.
+
+        What a person ordered for a time ends with it, also when no watcher runs by then; it says whose word it is.
+        """
         if decision.order is None or self._control is None:
             return {}
         last = self.last
-        levers = decision.order
+        levers, reason, hold = decision.order, decision.reason, decision.hold
+        if hold is not None and hold.levers is not None:
+            reason = dataclasses.replace(reason, metric=f"a person: {hold.by}, {hold.reason}")
+            if hold.until is not None:
+                expires_in = hold.until - now if expires_in is None else min(expires_in, hold.until - now)
         order = self._control.prepare(
             self._run,
             levers.kss,
-            decision.reason,
+            reason,
             clip=levers.clip,
             learning_rate_scale=levers.learning_rate_scale,
             known=last.generation if last else 0,
@@ -59,6 +66,12 @@ class Orders:
         last = self.last
         if last is not None and self._control is not None and self._control.desired_generation() < last.generation:
             self._control.write(last)
+
+    def foreign(self) -> int:
+        """Return the generation in the control folder when another watcher wrote it, else 0."""
+        last = self.last
+        found = 0 if self._control is None else self._control.desired_generation()
+        return found if last is not None and found > last.generation else 0
 
     def reconcile(self, state: PolicyState) -> PolicyState:
         """Return the policy's state with what was really ordered, and when.

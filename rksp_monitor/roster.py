@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rksp_monitor.config import RunEntry, WatchSettings
-from rksp_monitor.remote import as_path
+from rksp_monitor.remote import as_path, is_local
 
 Found = Mapping[str, tuple[Path, RunEntry]]
 
@@ -39,8 +39,9 @@ def is_pattern(folder: str) -> bool:
 
 def _folders(folder: str) -> list[Path]:
     if is_pattern(folder):
-        return sorted(Path(text) for text in glob.glob(folder) if os.path.isdir(text))  # noqa: PTH112, PTH207 - the same
-    return [as_path(folder)]
+        return sorted(Path(text).absolute() for text in glob.glob(folder) if os.path.isdir(text))  # noqa: PTH112, PTH207 - the same
+    path = as_path(folder)
+    return [path.absolute() if is_local(path) else path]
 
 
 def _is_gone(folder: Path) -> bool:

@@ -154,7 +154,7 @@ class RunThread:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _suspend(self, problem: str, pause: float) -> None:
-        self._log.error("suspended", problem=problem, seconds=pause)
+        self._log.error("suspended", run=self.name, problem=problem, seconds=pause)
         if self.name is not None:
             self._around.board.set(self.name, "rksp_run_suspended", 1)
             if problem != self._problem:  # the same again, every few minutes for days, is no news
@@ -211,11 +211,11 @@ class RunThread:
                 raise ConfigError(f"two runs are called {run.name!r}; give {self.folder} another run_id")
             self.name = run.name
             self._around.board.add_run(run.name, info)
+            self._around.board.set(run.name, "rksp_run_suspended", 0)
             about = {"folder": str(run.folder), "ledger": str(run.ledger), **info}
             self._around.log.info("watching", run=run.name, file_system=describe(self.folder), **about)
             self._around.announce("run_added", run.name, about)
         self._around.board.describe_run(run.name, info)
-        self._around.board.set(run.name, "rksp_run_suspended", 0)
 
     def forget(self) -> None:
         """End the metrics of the run."""

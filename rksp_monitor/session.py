@@ -76,7 +76,7 @@ class Session:
         self._names: dict[str, RunThread] = {}
         self._rebased: set[str] = set()
         self._worst = 0
-        self._ended_by, self._parted = "", False
+        self._ended_by, self._ready, self._parted = "", False, False
         self._hanging: set[str] = set()
         self._heartbeat = time.monotonic()
         self._log, self._notifier = make_logger(settings.log_level), Notifier()
@@ -129,6 +129,7 @@ class Session:
                 poll_interval=self.settings.poll_interval,
             )
             stack.callback(self._part)  # also when the work loop raises
+            self._ready = True
             self._notifier.ready()
             stack.callback(self._notifier.stopping)
             self._supervise(task)
@@ -254,7 +255,7 @@ class Session:
         fail_on = self.settings.fail_on
         if fail_on != "never" and level >= LEVELS.index(fail_on):
             return RISK
-        nothing = any(not run.judged_ever for run in runs)
+        nothing = not runs or any(not run.judged_ever for run in runs)
         unreached = ended_by == "timeout" and (nothing or task.until_step is not None)
         return INCONCLUSIVE if unreached or (task.once and nothing) else PASS
 
@@ -276,7 +277,7 @@ class Session:
                 self.settings.listen,
                 registry_of(self._board),
                 healthy=self._lives,
-                ready=lambda: bool(self._runs),
+                ready=lambda: self._ready,
                 web_config=self.settings.web_config,
                 warn=lambda text: self._log.warning("endpoint", problem=text),
             )

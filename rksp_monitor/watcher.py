@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from structlog.typing import FilteringBoundLogger
 
 from rksp_core.control import ControlWriter
+from rksp_core.drift import Drift
 from rksp_core.errors import (
     CheckpointError,
     ControlError,
@@ -29,7 +30,7 @@ from rksp_core.errors import (
     RkspError,
     UnsupportedCheckpoint,
 )
-from rksp_core.orders import Acknowledgement
+from rksp_core.orders import Acknowledgement, seconds
 from rksp_core.policy import LEVELS, Decision, Hold
 from rksp_core.profile import ModelProfile
 from rksp_core.reference import Reference
@@ -154,6 +155,7 @@ class RunWatcher:
         self._present: set[Path] = set()
         self._refused: set[Path] = set()
         self._settling: float = math.inf  # the first step that has yet to settle
+        self._shown = -1
         self._hold: Hold | None = None
         self._said: dict[str, Any] = {}
         self.judged = 0
@@ -238,6 +240,7 @@ class RunWatcher:
             elif event.status == "seen" and self._clock() - event.first_seen > self.settings.replay.incomplete_after:
                 self._close(event, "failed", f"it was never finished: {event.error}")
         self._export_backlog()
+        self._set("rksp_run_suspended", float(self._subject_problem is not None))
         self._set("rksp_run_last_scan_timestamp_seconds", self._clock())
         self._last_scan = time.monotonic()
 
@@ -277,7 +280,7 @@ class RunWatcher:
             if event.step > self._settling and 0 <= self._clock() - event.first_seen < EARLIER_WAITS:
                 return None
             backlog = self.settings.backlog
-            if backlog == "latest" and self._ledger.later_ready(event):
+            if backlog == "latest" and self._ledger.later_ready(event.kind, event.step):
                 self._close(event, "skipped", "a later checkpoint was there already (backlog: latest)")
             elif isinstance(backlog, Every) and self._ledger.near_judged(event, backlog.every):
                 self._close(event, "skipped", f"one less than {backlog.every} steps away was judged (backlog: every)")
@@ -376,8 +379,7 @@ class RunWatcher:
         self._board.count(self.run.name, "rksp_checkpoints_processed_total")
         self._set("rksp_checkpoint_last_processed_timestamp_seconds", self._clock())
         if not decision.late:
-            self._set("rksp_checkpoint_last_processed_step", event.step)
-            self._board.show(self.run.name, profile, drift)
+            self._show(event.step, profile, drift, anew=judgement.rewound is not None)
         summary = profile.summary
         self._log.info(
             "judged",
@@ -392,12 +394,20 @@ class RunWatcher:
         self._report(previous, decision)
         self._export_control()
 
+    def _show(self, step: int, profile: ModelProfile, drift: Drift, *, anew: bool) -> None:
+        """Export what was found at the newest step; a replay may end after profiles of later steps were judged."""
+        if step >= self._shown or anew:
+            self._shown = step
+            self._set("rksp_checkpoint_last_processed_step", step)
+            self._board.show(self.run.name, profile, drift)
+
     def _report(self, previous: int, decision: Decision) -> None:
         """Log and announce a level that moved and an order, with the numbers that made them."""
         reason = dataclasses.asdict(decision.reason)
         if decision.level != previous:
             moved = {"before": LEVELS[previous], "now": LEVELS[decision.level], "why": decision.explanation}
-            self._log.warning("risk level", **moved)
+            log = self._log.warning if decision.level > previous else self._log.info
+            log("risk level", **moved)
             self._announce("risk_level", moved)
         if decision.order is not None:
             what = "order" if self.settings.enforce else "would order"
@@ -431,6 +441,7 @@ class RunWatcher:
 
     def _obey(self) -> None:
         """Do what a person asked for: hold the policy back, or order something else."""
+        held = self._hold
         try:
             self._hold = read_hold(hold_file(self.run.ledger), self._clock())
             self._said.pop("hold", None)
@@ -440,8 +451,9 @@ class RunWatcher:
             return
         previous = self._judge.state.level
         decision = self._judge.obey(self._hold)
-        if decision is not None:
+        if self._hold != held:
             self._log.warning("hold", **({"released": True} if self._hold is None else self._hold.to_dict()))
+        if decision is not None:
             self._report(previous, decision)
 
     def _deliver(self) -> None:
@@ -449,6 +461,9 @@ class RunWatcher:
         if not self.settings.enforce:
             return
         try:
+            foreign = self._orders.foreign()
+            if foreign and self._is_news("foreign", foreign):
+                self._log.error("another watcher", problem="it writes orders to the same trainer", generation=foreign)
             self._orders.deliver()
             self._said.pop("deliver", None)
         except ControlError as error:
@@ -478,9 +493,11 @@ class RunWatcher:
         """Export the orders, the acknowledgement, and the level."""
         order, answer = self._orders.last, self._orders.answer()
         state, expires_in = self._judge.state, self.settings.policy.expires_in
-        expired = (
-            expires_in is not None and state.ordered_at is not None and self._clock() > state.ordered_at + expires_in
-        )
+        if self.settings.enforce and order is not None:
+            end = None if order.expires_at is None else seconds(order.expires_at)
+        else:
+            end = None if expires_in is None or state.ordered_at is None else state.ordered_at + expires_in
+        expired = end is not None and self._clock() > end
         self._set("rksp_risk_level", state.level)
         self._set("rksp_kss_desired_weight", 0.0 if expired else state.ordered.alpha)
         self._set("rksp_control_desired_generation", order.generation if order else 0)

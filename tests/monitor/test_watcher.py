@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sqlite3
 import time
@@ -25,7 +26,7 @@ from rksp_core.errors import (
     UnsupportedCheckpoint,
 )
 from rksp_core.limits import Limits
-from rksp_core.orders import KSSSettings, Levers, Reason
+from rksp_core.orders import KSSSettings, Levers, Reason, seconds
 from rksp_core.policy import Evidence, Hold, replay_decisions
 from rksp_monitor.config import RunSettings
 from rksp_monitor.history import Selection, read_history
@@ -127,9 +128,9 @@ class Bench:
         families = {family.name: family for family in self.board.families()}
         return families[name].samples[0].value if families[name].samples else None
 
-    def healthy(self, until: int, since: int = 10) -> None:
+    def healthy(self, until: int, since: int = 10, loss: float = 2.0) -> None:
         for step in range(since, until + 1, 10):
-            self.writer.write(profile(), step, loss=2.0, gradient_norm=1.0)
+            self.writer.write(profile(), step, loss=loss, gradient_norm=1.0)
 
 
 @pytest.fixture
@@ -296,7 +297,7 @@ def test_a_run_that_goes_back_to_an_earlier_step_is_followed_there(bench: Bench)
     bench.healthy(100)
     bench.writer.write(profile(loss=99.0), 110, loss=99.0)
     assert bench.run().level == 3
-    bench.healthy(200, since=60)  # rolled back to step 50, with a lower rate
+    bench.healthy(200, since=60, loss=1.9)  # rolled back to step 50, with a lower rate
     bench.run()
     assert [log["step"] for log in bench.logs if log["event"] == "rewound"] == [60]
     assert bench.gauge("rksp_risk_level") == 0
@@ -483,6 +484,41 @@ def test_a_hold_keeps_the_policy_from_ordering_and_its_release_lets_it(bench: Be
     assert bench.gauge("rksp_control_held") == 0
 
 
+def test_old_evidence_that_later_events_overtake_gives_no_order(bench: Bench):
+    """A watcher that is attached to a run in its midst: the alarm of step 110 is long over."""
+    bench.healthy(100)
+    bench.writer.write(profile(**ALARM), 110)
+    bench.healthy(300, since=120)
+    for path in (bench.folder / "profiles").iterdir():
+        os.utime(path, (bench.now - 3600, bench.now - 3600))
+    bench.run(enforce=True)
+    assert [log["now"] for log in bench.logs if log["event"] == "risk level"] == ["high", "ok"]
+    assert not (bench.folder / "control").exists()
+    bench.writer.write(profile(**ALARM), 310)
+    bench.run(enforce=True)
+    assert desired(bench)["kss"]["alpha"] == 0.15
+
+
+def test_what_a_person_sets_for_a_time_ends_with_it_though_nobody_watches(bench: Bench):
+    bench.healthy(20)
+    bench.run(enforce=True)
+    hold = Hold(Levers(alpha=0.3), until=bench.now + 600, by="ann", reason="a try")
+    write_hold(hold_file(bench.described.ledger), hold, bench.now)
+    bench.run(enforce=True)
+    order = desired(bench)
+    assert seconds(order["expires_at"]) == pytest.approx(hold.until, abs=0.01)
+    assert order["reason"]["metric"] == "a person: ann, a try"
+
+
+def test_orders_of_another_watcher_are_noticed(bench: Bench):
+    bench.healthy(100)
+    bench.writer.write(profile(**ALARM), 110)
+    bench.run(enforce=True)
+    ControlWriter(bench.folder / "control").issue("run", KSSSettings(alpha=0.9), Reason())
+    bench.run(enforce=True)
+    assert [log["generation"] for log in bench.logs if log["event"] == "another watcher"] == [2]
+
+
 def test_what_a_person_sets_is_ordered_without_waiting_for_an_event(bench: Bench):
     bench.healthy(20)
     bench.run(enforce=True)
@@ -495,7 +531,7 @@ def test_what_a_person_sets_is_ordered_without_waiting_for_an_event(bench: Bench
 def test_every_decision_is_stored_with_its_evidence_and_can_be_made_again(bench: Bench):
     bench.healthy(100)
     bench.writer.write(profile(**ALARM), 110)
-    bench.healthy(200, since=60)  # the trainer went back
+    bench.healthy(200, since=60, loss=1.9)  # the trainer went back
     bench.run()
     bench.writer.write(profile(**ALARM), 210)
     bench.run(enforce=True)
@@ -505,10 +541,47 @@ def test_every_decision_is_stored_with_its_evidence_and_can_be_made_again(bench:
     assert [one.to_dict() for one in again] == [dict(row.decision) for row in rows]
 
 
+def test_an_old_file_that_is_touched_or_copied_back_is_no_rollback(bench: Bench):
+    bench.healthy(100)
+    bench.writer.write(profile(**ALARM), 110)
+    bench.run(enforce=True)
+    order = desired(bench)
+    for step in (10, 20, 30, 40):
+        os.utime(bench.folder / "profiles" / f"step-{step:08d}.json")
+    bench.run(enforce=True)
+    assert bench.gauge("rksp_risk_level") == 2
+    assert not [log for log in bench.logs if log["event"] == "rewound"]
+    assert desired(bench) == order
+
+
+def test_a_run_folder_that_is_renamed_is_not_judged_again(bench: Bench):
+    bench.healthy(50)
+    bench.run()
+    (bench.folder / "profiles").rename(bench.folder / "elsewhere")
+    (bench.folder / "elsewhere").rename(bench.folder / "profiles")
+    with contextlib.closing(sqlite3.connect(bench.described.ledger)) as database, database:
+        database.execute("UPDATE events SET path = replace(path, '/profiles/', '/other/')")
+    assert bench.run().judged == 0
+
+
+def test_a_replay_that_ends_late_does_not_hide_newer_spectra(bench: Bench):
+    class Slow(FakeReplayer):
+        def replay(self, path: Path, *, noise: bool, tick: Callable[[], None]) -> Replayed:
+            bench.healthy(50)
+            time.sleep(0.1)
+            tick()
+            return super().replay(path, noise=noise, tick=tick)
+
+    tiny_model.save_folder(bench.folder, 1)
+    bench.run(Slow({}))
+    assert set(bench.statuses()) == {1, 10, 20, 30, 40, 50}
+    assert bench.gauge("rksp_checkpoint_last_processed_step") == 50
+
+
 def test_what_came_after_a_step_that_was_gone_back_to_is_set_aside(bench: Bench):
     bench.healthy(100)
     bench.run()
-    bench.healthy(80, since=60)
+    bench.healthy(80, since=60, loss=1.9)
     bench.run()
     with contextlib.closing(sqlite3.connect(bench.described.ledger)) as database:
         rows = database.execute("SELECT step, set_aside FROM events ORDER BY id").fetchall()
@@ -571,7 +644,7 @@ def test_a_rollback_is_seen_though_only_some_checkpoints_are_wanted(bench: Bench
     for step in (300, 400):
         shutil.rmtree(bench.folder / "checkpoints" / f"step-{step:08d}")
         tiny_model.save_folder(bench.folder, step)
-    replayer = FakeReplayer({})
+    replayer = FakeReplayer({300: profile(near_unit_mass=0.7)})
     bench.run(replayer, backlog={"every": 200})
     assert replayer.seen == [300]
     assert [log["step"] for log in bench.logs if log["event"] == "rewound"] == [300]
