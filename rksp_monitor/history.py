@@ -194,7 +194,7 @@ def read_history(source: Path | str, *, run: str | None = None) -> History:
 
 def _of_ledger(path: Path, run: str | None) -> History:
     if not path.is_file():
-        raise ConfigError(f"there is no ledger {path}{_others(path)}")
+        raise no_ledger(path)
     with _opened(path) as database:
         runs = [name for (name,) in database.execute("SELECT DISTINCT run FROM events ORDER BY run")]
     if run is None and len(runs) > 1:
@@ -203,6 +203,11 @@ def _of_ledger(path: Path, run: str | None) -> History:
         raise ConfigError(f"{path} holds the run {', '.join(runs)}, not {run}; name that one with --run-id")
     name = run or (runs[0] if runs else path.stem)
     return History(name, path, True, lambda selection: _ledger_rows(path, name, selection))
+
+
+def no_ledger(path: Path) -> ConfigError:
+    """Return what to say where a ledger is missing."""
+    return ConfigError(f"there is no ledger {path}{_others(path)}")
 
 
 def _others(path: Path) -> str:

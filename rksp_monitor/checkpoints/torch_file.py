@@ -76,7 +76,8 @@ def open_archive(path: Path) -> TorchArchive:
     magic = bytes(source.read(0, min(4, source.size)))
     if magic.strip(b"\0") and not b"PK\x03\x04".startswith(magic):
         raise CorruptCheckpoint(
-            f"{source.name} is no zip archive, so torch wrote it before version 1.6; save it again with a newer torch"
+            f"{source.name} is no zip archive, as torch.save writes since version 1.6: it is no checkpoint, or must "
+            "be saved again with a newer torch"
         )
     try:
         return TorchArchive(source)

@@ -49,9 +49,12 @@ def status(
     run_id: RunId = None,
 ) -> int:
     """Say who watches, the risk level, what was ordered and by whom, and what the trainer answered."""
+    from rksp_monitor.history import no_ledger
     from rksp_monitor.standing import look
 
     run, settings = one_run(run_folder, config, state_dir, run_id)
+    if not run.ledger.is_file():
+        raise no_ledger(run.ledger)
     now = time.time()
     standing = look(run, settings, now)
     if form == "json":
@@ -126,10 +129,14 @@ def release(run_folder: RunFolder, config: ConfigFile = None, state_dir: StateDi
 
 
 def _existing(folder: str, config: Path | None, state_dir: Path | None, run_id: str | None) -> tuple[Run, RunEntry]:
-    """Return the run as `one_run` does; a folder that is not there is a mistake, and would be made."""
+    """Return the run as `one_run` does; a hold must not be left where no watcher will look for it."""
+    from rksp_monitor.history import no_ledger
+
     run, settings = one_run(folder, config, state_dir, run_id)
     if not run.folder.is_dir():
         raise ConfigError(f"there is no run folder {folder}")
+    if not run.ledger.parent.is_dir():  # a watcher makes it when it starts for the first time
+        raise no_ledger(run.ledger)
     return run, settings
 
 
@@ -146,25 +153,30 @@ def _ask(
     """Write a hold, and say what will come of it."""
     from rksp_core.policy import Hold
     from rksp_monitor.hold import hold_file, write_hold
+    from rksp_monitor.standing import objection
 
     now = time.time()
     end = _end(period, until, now)
+    if not reason.strip():
+        raise ConfigError("--reason is empty; say why, for whoever finds the run like this")
     run, settings = _existing(folder, config, state_dir, run_id)
+    refusal = None if levers is None else objection(run, levers)
+    if refusal is not None:
+        raise ConfigError(f"nothing is ordered, as the trainer would reject it: {refusal}")
     asked = Hold(levers, end, _user(), reason)
     write_hold(hold_file(run.ledger), asked, now)
     print(printable(f"run {run.name} is held: {_hold_line(asked, now, now)}"))
-    _warn(run, settings, levers)
+    _warn(run, settings)
     return 0
 
 
-def _warn(run: Run, settings: RunSettings, levers: Levers | None = None) -> None:
-    """Say on stderr why nothing will happen yet, or why the trainer will refuse."""
-    from rksp_monitor.standing import look, objection
+def _warn(run: Run, settings: RunSettings) -> None:
+    """Say on stderr why nothing will happen yet."""
+    from rksp_monitor.standing import look
 
-    refusal = None if levers is None else objection(run, levers)
-    for problem in (look(run, settings, time.time()).hindrance, refusal and f"the trainer will reject it: {refusal}"):
-        if problem:
-            print(f"rksp: {printable(problem)}", file=sys.stderr)
+    problem = look(run, settings, time.time()).hindrance
+    if problem:
+        print(f"rksp: {printable(problem)}", file=sys.stderr)
 
 
 def _user() -> str:

@@ -94,12 +94,13 @@ class TestHold:
             ),
         ],
     )
-    def test_what_the_trainer_would_reject_is_said(
+    def test_what_the_trainer_would_reject_is_refused(
         self, folder: Path, flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
     ):
-        err = control("set", folder, *flags, "--reason", "r", capsys=capsys)[1]
-        assert f"rksp: the trainer will reject it: {says}\n" in err
-        assert hold_of(folder) is not None
+        control("set", folder, "--alpha", "0.5", "--reason", "before", capsys=capsys)
+        err = control("set", folder, *flags, "--reason", "r", capsys=capsys, code=2)[1]
+        assert err == f"rksp: nothing is ordered, as the trainer would reject it: {says}\n"
+        assert hold_of(folder).reason == "before"
 
     def test_a_damaged_one_can_be_replaced_and_released(self, folder: Path, capsys: pytest.CaptureFixture[str]):
         path = folder / ".rksp" / "seven.hold.json"
@@ -113,6 +114,7 @@ class TestHold:
 MISTAKES = {
     "no folder": (["hold", "{tmp}/nowhere", "--reason", "r"], "there is no run folder {tmp}/nowhere"),
     "no reason": (["hold", "{run}"], "Missing option '--reason'"),
+    "an empty reason": (["hold", "{run}", "--reason", " "], "--reason is empty"),
     "no alpha": (["set", "{run}", "--reason", "r"], "Missing option '--alpha'"),
     "a negative weight": (
         ["set", "{run}", "--reason", "r", "--alpha", "-1"],
@@ -182,10 +184,24 @@ class TestStatus:
         settings.write_text("enforce: true\n")
         assert control("hold", folder, "--reason", "r", "--config", settings, capsys=capsys)[1] == ""
 
-    def test_where_no_watcher_ever_was_the_ledger_is_named(self, folder: Path, capsys: pytest.CaptureFixture[str]):
-        err = control("hold", folder, "--reason", "r", "--state-dir", folder.parent / "other", capsys=capsys)[1]
+    @pytest.mark.parametrize("asked", [["status"], ["release"], ["hold", "--reason", "r"]], ids=lambda asked: asked[0])
+    def test_a_run_whose_watcher_keeps_its_ledger_elsewhere_is_said(
+        self, asked: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        other = folder.parent / "other"
+        err = control(asked[0], folder, *asked[1:], "--state-dir", other, capsys=capsys, code=2)[1]
+        assert f"there is no ledger {other}/seven-" in err
+        assert "say where its watcher keeps it with --state-dir" in err
+        assert err.count("\n") == 1
+        assert not other.exists()
+
+    def test_a_run_may_be_held_before_its_first_watcher_where_that_will_look(
+        self, folder: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        (other := folder.parent / "other").mkdir()
+        err = control("hold", folder, "--reason", "r", "--state-dir", other, capsys=capsys)[1]
         assert "no watcher has kept a ledger in" in err
-        assert "--state-dir" in err
+        assert len(list(other.glob("*.hold.json"))) == 1
 
     def test_an_order_and_its_answer(self, folder: Path, capsys: pytest.CaptureFixture[str]):
         writer = ControlWriter(folder / "control")
