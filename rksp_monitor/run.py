@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -12,10 +13,11 @@ from typing import Any
 import yaml
 
 from rksp_core.errors import ConfigError
-from rksp_monitor.checkpoints.names import step_in
+from rksp_monitor.checkpoints.names import is_candidate, step_in
 from rksp_monitor.config import RunSettings
 from rksp_monitor.filesystem import is_remote
 from rksp_monitor.remote import driver_errors, is_local
+from rksp_monitor.subject import SubjectSettings
 
 CONFIG = "config.yaml"
 PROBE = "probe.safetensors"
@@ -86,12 +88,23 @@ def _own_model(folder: Path, trainer: dict[str, Any], ledger: Path) -> str | Non
     if isinstance(trainer.get("model"), dict):
         return str(_local(folder / CONFIG, ledger))
     try:
-        folders = [path for path in folder.iterdir() if step_in(path.name) is not None]
+        folders = [path for path in folder.iterdir() if is_candidate(path.name) and step_in(path.name) is not None]
         configs = [path / "config.json" for path in folders if (path / "config.json").is_file()]
     except OSError:
         return None
-    newest = max(configs, key=lambda path: step_in(path.parent.name) or 0, default=None)
-    return None if newest is None else str(_local(newest, ledger))
+    # The first one: later ones may still be in the writing, and all of a run are the same.
+    first = min(configs, key=lambda path: step_in(path.parent.name) or 0, default=None)
+    return None if first is None else str(_local(first, ledger))
+
+
+def identity_of(subject: SubjectSettings | None) -> str:
+    """Name what the checkpoints of a run are replayed with; a configuration in a checkpoint counts by its content."""
+    if subject is None:
+        return "none"
+    path = Path(subject.model)
+    if path.name == "config.json" and path.is_file():
+        subject = dataclasses.replace(subject, model=hashlib.sha256(path.read_bytes()).hexdigest())
+    return subject.identity
 
 
 def _local(path: Path, ledger: Path) -> Path:

@@ -10,11 +10,12 @@ import dataclasses
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rksp_core.control import ControlWriter
 from rksp_core.errors import ConfigError, RkspError
+from rksp_core.reference import Reference
 from rksp_monitor.config import RunEntry, RunSettings
 from rksp_monitor.discovery import Scanner
 from rksp_monitor.filesystem import describe
@@ -22,7 +23,7 @@ from rksp_monitor.ledger import open_ledger
 from rksp_monitor.reference import read_references
 from rksp_monitor.remote import driver_errors
 from rksp_monitor.replay import ReplayPool
-from rksp_monitor.run import CONFIG, Run, describe_run
+from rksp_monitor.run import CONFIG, Run, describe_run, identity_of
 from rksp_monitor.subject import SubjectSettings
 from rksp_monitor.watcher import Ending, ModelAppeared, RunWatcher, Surroundings, Watched
 
@@ -75,6 +76,7 @@ class RunThread:
         self._problem = ""
         self.new_baseline = task.new_baseline  # whether it is yet to be forgotten
         self.name: str | None = None
+        self.watched = False
         self.heartbeat = time.monotonic()
         self.result: Watched | None = None
         self.judged_ever = False
@@ -155,11 +157,14 @@ class RunThread:
 
     def _suspend(self, problem: str, pause: float) -> None:
         self._log.error("suspended", run=self.name, problem=problem, seconds=pause)
-        if self.name is not None:
-            self._around.board.set(self.name, "rksp_run_suspended", 1)
-            if problem != self._problem:  # the same again, every few minutes for days, is no news
-                self._around.announce("run_suspended", self.name, {"problem": problem, "what": "the run"})
-            self._problem = problem
+        if self.name is None:  # it got no name, or not its own: an alert must see it all the same
+            self.name = str(self.folder)
+            self._names[self.name] = self
+            self._around.board.add_run(self.name, {})
+        self._around.board.set(self.name, "rksp_run_suspended", 1)
+        if problem != self._problem:  # the same again, every few minutes for days, is no news
+            self._around.announce("run_suspended", self.name, {"problem": problem, "what": "the run"})
+        self._problem = problem
         end = time.monotonic() + pause
         while not self._ending.stop.wait(min(1.0, max(0.0, end - time.monotonic()))) and time.monotonic() < end:
             self._tick()
@@ -188,11 +193,12 @@ class RunThread:
                 control=self._control(run),
                 around=self._around,
                 ending=self._ending,
-                subject="none" if subject is None else subject.identity,
+                subject=identity_of(subject),
                 model_now=lambda: describe_run(self.folder, self.settings, self._state_dir).model,
-                references={} if self.settings.reference is None else read_references(self.settings.reference),
+                references=self._references(),
             )
             self._so_far = so_far
+            self._tell(run)
             watched = self._watcher.watch(once=self._task.once, until_step=self._task.until_step)
             self.judged_ever = ledger.counts()["done"] > 0
             return watched
@@ -204,7 +210,7 @@ class RunThread:
         info = {
             "model": run.model or "",
             "probe": str(run.probe or "random tokens"),
-            "mode": "enforce" if self.settings.enforce else "observe",
+            "mode": _mode(self.settings),
         }
         if self.name is None:
             if self._names.setdefault(run.name, self) is not self:  # at once: another thread may be asking too
@@ -212,10 +218,16 @@ class RunThread:
             self.name = run.name
             self._around.board.add_run(run.name, info)
             self._around.board.set(run.name, "rksp_run_suspended", 0)
-            about = {"folder": str(run.folder), "ledger": str(run.ledger), **info}
+        self._around.board.describe_run(run.name, info)
+
+    def _tell(self, run: Run) -> None:
+        """Say once that the run is watched, when it is: another watcher may have been refused before."""
+        if not self.watched:
+            about = {"folder": str(run.folder), "ledger": str(run.ledger), "model": run.model or ""}
+            about |= {"probe": str(run.probe or "random tokens"), "mode": _mode(self.settings)}
             self._around.log.info("watching", run=run.name, file_system=describe(self.folder), **about)
             self._around.announce("run_added", run.name, about)
-        self._around.board.describe_run(run.name, info)
+            self.watched = True
 
     def forget(self) -> None:
         """End the metrics of the run."""
@@ -241,6 +253,10 @@ class RunThread:
                 return True
             self._ending.wake.wait(min(1.0, self._around.poll_interval))
         return False
+
+    def _references(self) -> Mapping[str, Reference]:
+        healthy = self.settings.reference
+        return {} if healthy is None else read_references(healthy, self._state_dir)
 
     def _control(self, run: Run) -> ControlWriter | None:
         if run.control is None:
@@ -269,3 +285,7 @@ def subject_of(run: Run, settings: RunSettings) -> SubjectSettings | None:
         trust_pickle=settings.trust_pickle,
         noise_groups=settings.replay.noise_groups,
     )
+
+
+def _mode(settings: RunEntry) -> str:
+    return "enforce" if settings.enforce else "observe"

@@ -135,7 +135,7 @@ class Session:
             self._supervise(task)
             self._part()
             for run in self._runs.values():
-                if run.name is not None:
+                if run.name is not None and run.watched:
                     about = {
                         "by": self._ended_by or "its task is done",
                         "judged": run.judged,
@@ -171,7 +171,7 @@ class Session:
                 self._rebased |= set() if run.new_baseline else {key}
         for run in [run for run in self._leaving if run.join(0.0)]:
             self._leaving.remove(run)
-            if run.name is not None and str(run.folder) not in wanted:
+            if run.name is not None and run.watched and str(run.folder) not in wanted:
                 self._log.info("no longer watched", run=run.name, folder=str(run.folder))
                 self._around.announce("run_removed", run.name, {"folder": str(run.folder)})
             run.forget()

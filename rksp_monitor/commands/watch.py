@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from rksp_monitor.commands.preflight import parse_arguments
+
 if TYPE_CHECKING:
     from rksp_monitor.config import WatchSettings
 
@@ -21,6 +23,9 @@ def watch(
     config: Annotated[Path | None, typer.Option(help="YAML settings; see `rksp config init`.")] = None,
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="What weights are loaded into; default: the run's config.yaml.")
+    ] = None,
+    arg: Annotated[
+        list[str] | None, typer.Option("--arg", metavar="KEY=VALUE", help="An argument of the factory, as YAML.")
     ] = None,
     probe: Annotated[
         Path | None, typer.Option(help="Probe file; default: the run's probe.safetensors, else random tokens.")
@@ -66,6 +71,7 @@ def watch(
 
     flags = {
         "model": model,
+        "arguments": parse_arguments(arg or []) or None,
         "probe": probe,
         "run_id": run_id,
         "enforce": enforce,

@@ -116,3 +116,30 @@ def test_a_reload_does_not_forget_the_baseline_again(runs: Path):
     until(lambda: watcher.metric("rksp_checkpoint_last_processed_step") == 110)
     assert watcher.metric("rksp_near_unit_mass_drift") < 0
     assert watcher.end() == 0
+
+
+def test_a_refused_watcher_tells_nobody_that_it_watches(runs: Path, start: Callable[[str], Watcher]):
+    first = start(f"runs: [{{folder: '{runs}/a'}}]")
+    until(lambda: series(first, "rksp_checkpoint_last_processed_step") == {"a": 100})
+    told = runs.parent / "told"
+    hook = f"hooks: [{{command: [/bin/sh, -c, 'echo $RKSP_EVENT $RKSP_RUN >> {told}']}}]"
+    (runs.parent / "second.yaml").write_text(f"{hook}\nruns: [{{folder: '{runs}/a'}}, {{folder: '{runs}/b'}}]")
+    second = Watcher(runs, "--config", str(runs.parent / "second.yaml"), "--once", folders=())
+    assert second.process.wait(60) == 2
+    second.log.close()
+    assert sorted(told.read_text().splitlines()) == ["run_added b", "stopped b"]
+    assert first.end() == 0
+
+
+def test_a_healthy_run_is_found_where_its_watcher_keeps_its_ledger(runs: Path, start: Callable[[str], Watcher]):
+    state = f"state_dir: '{runs.parent / 'state'}'"
+    first = start(f"{state}\nruns: [{{folder: '{runs}/a'}}]")
+    until(lambda: series(first, "rksp_checkpoint_last_processed_step") == {"a": 100})
+    assert first.end() == 0
+    rules = """policy: {rules: [{name: r, level: 2, all: [
+        {metric: near_unit_mass_min, against: reference, direction: falls, by: 0.05}]}]}"""
+    ProfileWriter(runs / "b", every=10).write(profile(**ALARM), 90)
+    second = start(f"{state}\n{rules}\nreference: '{runs}/a'\nruns: [{{folder: '{runs}/b'}}]")
+    until(lambda: second.logged("risk level"))
+    assert second.logged("risk level")[0]["now"] == "high"
+    assert second.end() == 0
