@@ -235,6 +235,8 @@ def read_settings(
     merged = _merge(_merge(document, variables), _given(flags or {}))
     schema = WatchSettings.model_json_schema()
     for key, near in _unknown_keys(merged, schema, schema):
+        if re.fullmatch(r"runs\.\d+\.\w+", key) and (name := key.rpartition(".")[2]) in WatchSettings.model_fields:
+            raise ConfigError(f"{source}: {key}: {name} belongs to the top level, as all runs share it")
         raise ConfigError(f"{source}: unknown key {key!r}; did you mean {near!r}? See `rksp config schema`")
     entries = merged.get("runs") or []
     if not isinstance(entries, list):
@@ -249,7 +251,7 @@ def read_settings(
     try:
         return WatchSettings(**merged | {"runs": own})
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_sentence(error)}") from error
+        raise ConfigError(f"{_variable(error, flags or {}) or source}: {_sentence(error)}") from error
     except RkspError as error:
         raise ConfigError(f"{source}: {error}") from error
 
@@ -345,11 +347,29 @@ def _refuse_misspelt_variables() -> None:
                 raise ConfigError(f"the variable {name} names no setting; did you mean {near[0]}?")
 
 
+def _variable(error: ValidationError, flags: Mapping[str, Any]) -> str:
+    """Return the variable that set what was found first, in words; "" when a flag or the file did."""
+    _, parts = _first(error)
+    key = parts[2:] if parts[:1] == ["runs"] else parts  # a variable wins over what an entry says
+    if key and key[0] in _given(flags):
+        return ""
+    names = (PREFIX + "__".join(key[:length]).upper() for length in range(len(key), 0, -1))
+    return next((f"the variable {name}" for name in names if name in os.environ), "")
+
+
+def _first(error: ValidationError) -> tuple[ErrorDetails, list[str]]:
+    """Return the first finding and its place; where a setting has several forms, of the one that comes nearest."""
+    found = error.errors(include_url=False)
+    first, place = found[0], found[0]["loc"][:-1]
+    if re.search(r"[\[\]]", "".join(map(str, first["loc"][-1:]))):
+        first = max((each for each in found if each["loc"][: len(place)] == place), key=lambda each: len(each["loc"]))
+    # What pydantic adds to a place: that it is a key, or which form of a setting was tried.
+    return first, [str(part) for part in first["loc"] if not re.search(r"[\[\]]|^[A-Z]", str(part))]
+
+
 def _sentence(error: ValidationError) -> str:
     """Put the first finding into a sentence, with the nearest value where there is a choice."""
-    first = error.errors(include_url=False)[0]
-    # What pydantic adds to a place: that it is a key, or which form of a setting was tried.
-    parts = [str(part) for part in first["loc"] if not re.search(r"[\[\]]", str(part))]
+    first, parts = _first(error)
     message, given = first["msg"].removeprefix("Value error, "), first["input"]
     near = _nearest_value(first, parts)
     hint = f"did you mean {near}? See" if near else "see"

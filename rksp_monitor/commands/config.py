@@ -11,6 +11,7 @@ import typer
 
 from rksp_core.errors import ConfigError
 from rksp_monitor.output_file import write_output
+from rksp_monitor.printable import counted
 
 config = typer.Typer(no_args_is_help=True, help="Write, check or describe the settings file of `rksp watch`.")
 
@@ -45,10 +46,15 @@ def validate(
 
     settings = read_settings(path)
     modes = {entry.enforce for entry in settings.runs} or {settings.enforce}
-    mode = "some enforce" if len(modes) > 1 else "enforce" if True in modes else "observe"
+    mode = "some runs enforce, some observe" if len(modes) > 1 else "enforces" if True in modes else "observes"
     entries, found = len(settings.runs), len(find_runs(settings))
-    runs = f"{found} run folders by {entries} entries of `runs`" if entries else "no run of its own"
-    print(f"{path} is valid: {len(settings.policy.rules)} rules, mode {mode}, {runs}")
+    runs = (
+        f"{counted(found, 'run folder')} by {counted(entries, 'entry')} of `runs`"
+        if entries
+        else "names no runs, so `rksp watch` is to be given their folders"
+    )
+    print(f"{path} is valid: {counted(len(settings.policy.rules), 'rule')}; {mode}; {runs}")
+    print(f"The files, models and addresses that it names are looked at by `rksp doctor --config {path}`.")
     return 0
 
 

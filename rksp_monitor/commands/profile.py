@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from rksp_core.errors import ModelError
+from rksp_core.errors import ExpiredCheckpoint, ModelError
 from rksp_monitor.commands.output import emit, terminal
 from rksp_monitor.commands.preflight import parse_arguments, progress_bar
 from rksp_monitor.output_file import require_writable
@@ -22,7 +22,10 @@ Format = Literal["table", "json"]
 INCONCLUSIVE = 3
 
 Model = Annotated[
-    str | None, typer.Option(metavar="MODEL", help="What weights are loaded into; default: the run's config.yaml.")
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="What weights are loaded into; default: the run's config.yaml, or its config.json."
+    ),
 ]
 Arguments = Annotated[
     list[str] | None, typer.Option("--arg", metavar="KEY=VALUE", help="An argument of the factory, as YAML.")
@@ -131,6 +134,8 @@ class _Source:
     def profile(self, path: Path) -> ModelProfile:
         from rksp_core.profile import ModelProfile
 
+        if not path.exists():
+            raise ExpiredCheckpoint(f"there is no profile or checkpoint {path}")
         if path.suffix in (".json", ".npz"):
             return ModelProfile.load(path)
         from rksp_core.device import choose_device
@@ -148,14 +153,13 @@ class _Source:
 
     def _build(self, path: Path) -> Subject:
         """Build what the path is replayed with; a checkpoint in a run folder knows its model and probe."""
-        from rksp_core.errors import ExpiredCheckpoint
+        from rksp_monitor.checkpoints import configuration_of
         from rksp_monitor.run import CONFIG, PROBE
         from rksp_monitor.subject import Subject, SubjectSettings
 
-        if not path.exists():
-            raise ExpiredCheckpoint(f"there is no checkpoint {path}")
         above = path.absolute().parents[:2]
-        config = next((folder / CONFIG for folder in above if (folder / CONFIG).is_file()), None)
+        trainers = next((folder / CONFIG for folder in above if (folder / CONFIG).is_file()), None)
+        config = trainers or configuration_of(path)
         own_probe = next((folder / PROBE for folder in above if (folder / PROBE).is_file()), None)
         model = self._model or (str(config) if config else None)
         if model is None:

@@ -110,7 +110,9 @@ MISTAKES = {
     "listen: nowhere": "an address is host:port",
     "control: {mode: rw}": "control.mode: ",
     "runs: [{folder: a, backlogg: all}]": "unknown key 'runs.0.backlogg'; did you mean 'runs.0.backlog'",
-    "runs: [{folder: a, backlog: {every: 0}}]": "runs.0.backlog",
+    "runs: [{folder: a, backlog: {every: 0}}]": "runs.0.backlog.every: input should be greater than or equal to 1",
+    "backlog: {}": "backlog.every: field required",
+    "runs: [{folder: a, listen: 1}]": "runs.0.listen: listen belongs to the top level, as all runs share it",
     "runs: [a]": "an entry of runs is {folder: ...}",
     "runs: a": "runs must be a list",
     "runs: [{run_id: a}]": "runs.0.folder",
@@ -160,6 +162,19 @@ def test_a_variable_of_a_section_is_refused_with_the_right_form(name: str, says:
         read_settings()
 
 
+def test_a_value_that_a_variable_gave_is_the_variables_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = written(tmp_path, "replay: {timeout: 3}\nruns: [{folder: a}]")
+    monkeypatch.setenv("RKSP_REPLAY__TIMEOUT", "abc")
+    with pytest.raises(ConfigError, match=r"^the variable RKSP_REPLAY__TIMEOUT: replay.timeout: .*, got 'abc'"):
+        read_settings(path)
+    monkeypatch.setenv("RKSP_REPLAY__TIMEOUT", "5")
+    monkeypatch.setenv("RKSP_SEED", "7")
+    with pytest.raises(ConfigError, match=r"watch\.yaml: replay.samples: .*got 0"):
+        read_settings(written(tmp_path, "replay: {samples: 0}"))
+    with pytest.raises(ConfigError, match=r"^the settings: seed: "):
+        read_settings(flags={"seed": -1})
+
+
 def test_a_misspelt_variable_is_refused_and_a_stranger_is_not(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RKSP_IMAGE_TAG", "v1")
     monkeypatch.setenv("RKSP_RUN", "of the event that a hook is told")
@@ -180,9 +195,13 @@ def test_a_valid_file_says_how_many_runs_it_watches(tmp_path: Path, capsys: pyte
         (tmp_path / "runs" / name).mkdir(parents=True)
     text = f"runs: [{{folder: /data/one, enforce: true}}, {{folder: '{tmp_path}/runs/*'}}]"
     assert run(["config", "validate", str(written(tmp_path, text))]) == 0
-    assert "rules, mode some enforce, 3 run folders by 2 entries of `runs`" in capsys.readouterr().out
-    assert run(["config", "validate", str(written(tmp_path, "enforce: true"))]) == 0
-    assert "rules, mode enforce, no run of its own" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "8 rules; some runs enforce, some observe; 3 run folders by 2 entries of `runs`\n" in said
+    assert "are looked at by `rksp doctor --config" in said
+    assert run(["config", "validate", str(written(tmp_path, "enforce: true\npolicy: {rules: []}"))]) == 0
+    assert "0 rules; enforces; names no runs" in capsys.readouterr().out
+    assert run(["config", "validate", str(written(tmp_path, "runs: [{folder: /data/one}]"))]) == 0
+    assert "observes; 1 run folder by 1 entry of `runs`" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -99,15 +99,31 @@ def test_a_profile_without_any_number_is_inconclusive(tmp_path: Path):
     assert run(["profile", str(path)]) == 3
 
 
+def test_a_checkpoint_of_hugging_face_says_itself_which_model_it_is_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path / "hf" / "checkpoint-30"
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=64, n_positions=64))
+    model.save_pretrained(folder)
+    (folder / "trainer_state.json").write_text('{"global_step": 30}')
+    capsys.readouterr()
+    assert run(["profile", str(folder), "--samples", "64", "--device", "cpu", "--format", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["step"] == 30
+    assert [layer["layer"] for layer in document["layers"]] == ["transformer.h.0", "transformer.h.1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", *FLAGS], "there is no checkpoint nowhere"),
+        (["nowhere", *FLAGS], "there is no profile or checkpoint nowhere"),
         (["{folder}/step-00000100"], "give --model"),
         (["{folder}/step-00000100/model.safetensors", *FLAGS], "is no checkpoint"),
         (["{folder}/step-00000100", *FLAGS, "--arg", "width=8"], "does not fit the model: shapes: embedding.weight"),
         (["{folder}/step-00000100", *FLAGS, "--output-file", "nowhere/x.json"], "cannot be written"),
-        (["missing.json"], "missing.json cannot be read as a profile"),
+        (["missing.json"], "there is no profile or checkpoint missing.json"),
         (["{folder}/step-00000100", *FLAGS, "--arg", "width=10000000000"], "out of memory on cpu; lower --samples"),
     ],
 )
