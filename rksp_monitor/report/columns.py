@@ -36,6 +36,13 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits - 1}e}"
 
 
+def fixed(value: float | None, decimals: int = 2) -> str:
+    """Return a figure with as many decimals as all of its column have."""
+    if value is None:
+        return MISSING
+    return f"{value:.{decimals}f}" if abs(value) < 1e4 else f"{value:.2e}"
+
+
 def share(value: float | None) -> str:
     """Return a share 0..1 with two decimals."""
     return MISSING if value is None else f"{value:.2f}"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import BinaryIO, Literal
 
+from rich.cells import cell_len
 from rich.text import Text
 
 from rksp_core.drift import Against
@@ -21,9 +22,9 @@ from rksp_core.features import DISTANCES, FEATURES
 from rksp_core.orders import Levers, timestamp
 from rksp_core.policy import LEVELS, Decision, Evidence
 from rksp_monitor.history import BESIDE, FIGURES, SCHEMA, History, Row, Selection
-from rksp_monitor.printable import printable
-from rksp_monitor.report.columns import MISSING, number, share
-from rksp_monitor.report.drawing import draw, table
+from rksp_monitor.printable import counted, printable
+from rksp_monitor.report.columns import MISSING, fixed, share
+from rksp_monitor.report.drawing import GAP, draw, fitting, table
 
 Format = Literal["table", "csv", "json", "parquet"]
 Kind = Literal["text", "whole", "number", "truth", "time"]
@@ -218,42 +219,65 @@ def _order(cells: dict[str, Cell]) -> str:
 def _note(cells: dict[str, Cell]) -> str:
     marks = [name.replace("_", " ") for name in ("set_aside", "late") if cells[name]]
     status = [] if cells["status"] == "done" else [str(cells["status"])]
-    text = printable(", ".join([*status, *marks, *(str(cells[name]) for name in ("error", "fired") if cells[name])]))
-    return text if len(text) <= NOTE else text[: NOTE - 1] + "…"
+    return printable(", ".join([*status, *marks, *(str(cells[name]) for name in ("error", "fired") if cells[name])]))
 
 
-NOTE = 60  # letters of the last column; CSV and JSON have the whole text
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of the table: heading, what it means, how a row reads, and how soon it goes where there is no room."""
 
-# Heading, whether it stands to the right, and how it reads.
-SHOWN: tuple[tuple[str, bool, Show], ...] = (
-    ("step", True, lambda cells: str(cells["step"])),
-    ("kind", False, lambda cells: str(cells["kind"])),
-    ("judged, UTC", False, _judged),
-    ("near", True, _of("near_unit_mass_mean", share)),
-    ("min", True, _of("near_unit_mass_min", share)),
-    ("moved (σ)", True, _change("near_unit_mass_min")),
-    ("K", True, _of("kreiss_constant_mean", number)),
-    ("moved, log (σ)", True, _change("log_kreiss_mean")),
-    ("σmax", True, _of("sigma_max", number)),
-    ("Henr", True, _of("henrici_departure_max", share)),
-    ("expan", True, _of("expansive_mass_mean", share)),
-    ("ρ", True, _of("spectral_radius_max", number)),
-    ("level", False, _level),
-    ("order", False, _order),
-    ("note", False, _note),
+    heading: str
+    meaning: str
+    show: Show
+    rank: int = 0
+    right: bool = True
+
+
+SHOWN = (
+    Column("step", "training step", lambda cells: str(cells["step"])),
+    Column("kind", "a replayed checkpoint, or the trainer's profile", lambda cells: str(cells["kind"]), right=False),
+    Column("judged, UTC", "month, day and time", _judged, 6, right=False),
+    Column("near", "near-unit mass, mean over layers", _of("near_unit_mass_mean", share), 7),
+    Column("min", "near-unit mass of the least layer", _of("near_unit_mass_min", share), 2),
+    Column("Δmin (σ)", "change from the trailing average (in its noise)", _change("near_unit_mass_min"), 3),
+    Column("K", "Kreiss constant, mean over layers", _of("kreiss_constant_mean", fixed), 4),
+    Column("Δlog K (σ)", "change of its logarithm, likewise", _change("log_kreiss_mean"), 5),
+    Column("σmax", "largest singular value", _of("sigma_max", fixed), 8),
+    Column("Henr", "largest Henrici departure from normality, 0..1", _of("henrici_departure_max", share), 9),
+    Column("expan", "expansive mass, mean over layers", _of("expansive_mass_mean", share), 11),
+    Column("ρ", "largest spectral radius", _of("spectral_radius_max", fixed), 10),
+    Column("level", "risk (* it changed)", _level, right=False),
+    Column(
+        "order",
+        "KSS weight and other levers; of a watcher that observes (enforce: false), what it would have ordered",
+        _order,
+        1,
+        right=False,
+    ),
+    Column("note", "what became of it, and the rules that fired", _note, right=False),
 )
-_LEGEND = (
-    "near, min: near-unit mass, mean and least over layers, and its move from the trailing average (σ: in its noise); "
-    "K: mean Kreiss constant; * the level changed"
-)
+NOTE = 24  # letters that the last column has at least, and a third of a wide terminal
 
 
 def to_table(history: History, rows: Iterable[Row], *, width: int = 120, colour: bool = False) -> str:
-    """Return the rows in plain or coloured text, and in a last line how many there are."""
-    shown, count = table([(heading, right) for heading, right, _ in SHOWN]), 0
-    for row in rows:
-        cells = flat(row)
-        shown.add_row(*(Text(show(cells)) for _, _, show in SHOWN), style="dim" if row.set_aside else None)
-        count += 1
-    legend = Text(f"run {printable(history.run)}: {count} events; {_LEGEND}", style="dim")
-    return draw([shown, legend], shown, width, colour)
+    """Return the rows by step in plain or coloured text, and below what the columns mean.
+
+    Columns that do not fit ``width`` letters are left out; CSV and JSON have them all.
+    """
+    cells = [(row.step, row.kind, row.judged or row.seen or 0.0, row.set_aside, flat(row)) for row in rows]
+    cells.sort(key=lambda cell: cell[:3])
+    texts = [[column.show(each) for column in SHOWN] for *_, each in cells]
+    room = max(NOTE, width // 3)
+    short = [[*text[:-1], text[-1][:room]] for text in texts]
+    shown = fitting([column.heading for column in SHOWN], [column.rank for column in SHOWN], short, width)
+    rows_table = table([(SHOWN[index].heading, SHOWN[index].right) for index in shown])
+    beside = sum(max(map(cell_len, (SHOWN[index].heading, *(text[index] for text in texts)))) for index in shown[:-1])
+    note = rows_table.columns[-1]
+    note.no_wrap, note.overflow, note.max_width = False, "fold", max(NOTE, width - beside - GAP * (len(shown) - 1))
+    for (*_, set_aside, _), text in zip(cells, texts, strict=True):
+        rows_table.add_row(*(Text(text[index]) for index in shown), style="dim" if set_aside else None)
+    meanings = "; ".join(f"{SHOWN[index].heading}: {SHOWN[index].meaning}" for index in shown)
+    left_out = ", ".join(column.heading for index, column in enumerate(SHOWN) if index not in shown)
+    hint = f"; left out for want of room: {left_out}" if left_out else ""
+    legend = Text(f"run {printable(history.run)}: {counted(len(cells), 'event')}. {meanings}{hint}", style="dim")
+    return draw([rows_table, legend], rows_table, width, colour)

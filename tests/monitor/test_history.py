@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -25,6 +26,8 @@ from rksp_monitor.commands.history import history
 from rksp_monitor.discovery import Sighting
 from rksp_monitor.history import Row, Selection, read_history, read_states
 from rksp_monitor.ledger import Ledger, Outcome, open_ledger
+from rksp_monitor.report.drawing import fitting
+from rksp_monitor.report.history import SHOWN, to_table
 from tests.core.profiles import profile
 
 STEPS = (0, 50, 100, 150)
@@ -236,11 +239,40 @@ class TestExports:
     def test_the_table_shows_steps_levels_and_troubles(self, folder: Path, capsys: pytest.CaptureFixture[str]):
         lines = printed(folder, capsys=capsys).splitlines()
         assert lines[0].split()[:2] == ["step", "kind"]
-        assert "elevated*" in lines[3]
-        assert "mass_falls" in lines[3]
-        assert "failed, the weights do not fit" in lines[5]
-        assert lines[7].startswith("run run: 6 events")
-        assert len(printed(folder, "--status", "failed", "--status", "ready", capsys=capsys).splitlines()) == 5
+        assert [int(line.split()[0]) for line in lines[1:7]] == [0, 50, 60, 100, 150, 160], "by step, not by time"
+        assert "failed, the weights do not fit" in lines[3]
+        assert "elevated*" in lines[4]
+        assert "mass_falls" in lines[4]
+        assert lines[7].startswith("run run: 6 events. step: training step; kind: ")
+        few = printed(folder, "--status", "failed", "--status", "ready", capsys=capsys).splitlines()
+        assert [line.split()[0] for line in few[:4]] == ["step", "60", "160", "run"]
+        assert "run run: 1 event. " in printed(folder, "--status", "failed", capsys=capsys)
+
+    @pytest.mark.parametrize("width", [60, 80, 120, 200])
+    def test_the_table_fits_the_terminal_and_explains_what_it_shows(self, width: int, folder: Path):
+        found = read_history(folder)
+        text = to_table(found, found.rows(), width=width)
+        assert max(map(len, text.splitlines())) <= width
+        table, _, legend = text.partition("run run: ")
+        headings = table.splitlines()[0]
+        for column in SHOWN:
+            assert (column.heading in re.split(r"  +", headings)) == (
+                f" {column.heading}: " in " ".join(legend.split())
+            )
+        notes = " ".join(line[headings.index("note") :].strip() for line in table.splitlines())
+        assert "failed, the weights do not fit, at =all" in notes, "wrapped, not cut"
+        assert ("left out for want of room" in " ".join(legend.split())) == (width < 200)
+
+    def test_columns_that_say_nothing_leave_a_narrow_terminal_first(self):
+        headings, ranks = ("step", "empty", "near", "less"), (0, 1, 2, 3)
+        rows = [("10", "-", "0.91", "0.1"), ("20", "-", "0.92", "0.2")]
+        kept = {
+            width: [headings[index] for index in fitting(headings, ranks, rows, width)] for width in (23, 22, 15, 3)
+        }
+        assert kept[23] == ["step", "empty", "near", "less"]
+        assert kept[22] == ["step", "near", "less"]
+        assert kept[15] == ["step", "near"]
+        assert kept[3] == ["step"]
 
     def test_thousands_of_rows_go_through_one_at_a_time(self, folder: Path):
         import tracemalloc
