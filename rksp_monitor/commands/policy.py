@@ -31,7 +31,11 @@ def replay(
     ],
     policy_file: Annotated[
         Path | None,
-        typer.Option("--policy", help="Settings of a watcher, or their policy alone; default: the default policy."),
+        typer.Option(
+            "--policy",
+            metavar="FILE",
+            help="Settings of a watcher, or their policy alone; a key that FILE leaves out is the default.",
+        ),
     ] = None,
     form: Annotated[Literal["table", "json"], typer.Option("--format", help="Of the report.")] = "table",
     output_file: Annotated[Path | None, typer.Option(help="Write the report there instead of to stdout.")] = None,

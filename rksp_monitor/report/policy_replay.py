@@ -8,16 +8,27 @@ from rich.text import Text
 from rksp_core.orders import Levers
 from rksp_core.policy import LEVELS, Decision
 from rksp_monitor.policy_replay import PolicyReplay, Sum
+from rksp_monitor.printable import counted, printable
 from rksp_monitor.report.columns import MISSING
 from rksp_monitor.report.drawing import draw, table
 
+LISTED = 40  # events that are listed; JSON has all
+SHORT = 2 * 3600.0  # seconds below which a run is told in minutes
+
 
 def replay_table(replay: PolicyReplay, *, width: int = 120, colour: bool = False) -> str:
-    """Return the events that differ, and the sums."""
+    """Return the sums, and the first `LISTED` events that differ."""
     differing, total = replay.differences, len(replay.steps)
+    say = f"{len(differing)} decided otherwise" if differing else "all are decided as they were"
+    title = Text(f"run {printable(replay.run)}: {counted(total, 'judged event')}, {say}")
+    sums = table([("", False), ("was", True), ("would be", True)])
+    for name, was, would in _sums(replay.was, replay.would):
+        sums.add_row(name, was, would)
+    if not differing:
+        return draw([title, sums], sums, width, colour)
     headings = ("step", "kind", "was", "would be", "order was", "order would be", "because of")
     steps = table([(heading, heading == "step") for heading in headings])
-    for step in differing:
+    for step in differing[:LISTED]:
         held = step.was.hold is not None
         cells = (
             str(step.row.step),
@@ -29,20 +40,18 @@ def replay_table(replay: PolicyReplay, *, width: int = 120, colour: bool = False
             _because(step.was, step.would),
         )
         steps.add_row(*map(Text, cells))
-    sums = table([("", False), ("was", True), ("would be", True)])
-    for name, was, would in _sums(replay.was, replay.would):
-        sums.add_row(name, was, would)
-    say = f"{len(differing)} differ" if differing else "all are decided as they were"
-    title = Text(f"run {replay.run}: {total} judged events, {say}")
-    parts: list[Table | Text] = [title, steps, Text(""), sums] if differing else [title, sums]
+    parts: list[Table | Text] = [title, sums, Text(""), steps]
+    if len(differing) > LISTED:
+        parts.append(Text(f"and {len(differing) - LISTED} more; --format json has all"))
     return draw(parts, steps, width, colour)
 
 
 def _sums(was: Sum, would: Sum) -> list[tuple[str, str, str]]:
+    unit, length, decimals = ("hours", 3600.0, 2) if sum(was.seconds) >= SHORT else ("minutes", 60.0, 1)
     rows = [
         (
-            f"{level}: events, hours",
-            *(f"{each.events[index]}, {each.seconds[index] / 3600:.2f}" for each in (was, would)),
+            f"{level}: events, {unit}",
+            *(f"{each.events[index]}, {each.seconds[index] / length:.{decimals}f}" for each in (was, would)),
         )
         for index, level in enumerate(LEVELS)
     ]

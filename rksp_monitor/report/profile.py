@@ -1,5 +1,7 @@
 """One profile, and two compared, for a terminal."""
 
+# ruff: noqa: RUF001 - the Greek letters are the paper's symbols
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -8,18 +10,18 @@ from rich.text import Text
 
 from rksp_core.compare import Comparison
 from rksp_core.profile import ModelProfile
-from rksp_monitor.report.columns import AGGREGATES, COLUMNS, MISSING, depth_rows, number, share
-from rksp_monitor.report.drawing import draw, table
+from rksp_monitor.report.columns import AGGREGATES, COLUMNS, MISSING, depth_rows, fixed, share
+from rksp_monitor.report.drawing import draw, fitting, table
 
-# Heading, field, and how it reads, of the comparison's layer table.
-COMPARED: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
-    ("near", "near_unit_mass", share),
-    ("expan", "expansive_mass", share),
-    ("contr", "contractive_mass", share),
-    ("radius", "spectral_radius", number),
-    ("sigma", "sigma_max", number),
-    ("Henr", "henrici_departure", share),
-    ("K", "kreiss_constant", number),
+# Heading, field, what it means, how it reads, and how soon it goes where there is no room, of the comparison's table.
+COMPARED: tuple[tuple[str, str, str, Callable[[float | None], str], int], ...] = (
+    ("near", "near_unit_mass", "near-unit mass", share, 1),
+    ("expan", "expansive_mass", "expansive mass", share, 4),
+    ("contr", "contractive_mass", "contractive mass", share, 7),
+    ("ρ", "spectral_radius", "spectral radius", fixed, 5),
+    ("σmax", "sigma_max", "largest singular value", fixed, 6),
+    ("Henr", "henrici_departure", "Henrici departure from normality, 0..1", share, 2),
+    ("K", "kreiss_constant", "Kreiss constant", fixed, 3),
 )
 
 
@@ -36,14 +38,25 @@ def profile_table(profile: ModelProfile, title: str, *, width: int = 120, colour
 
 
 def comparison_table(comparison: Comparison, title: str, *, width: int = 120, colour: bool = False) -> str:
-    """Return the change of every layer, as ``value (change)``, and what it means in sentences."""
-    layers = table([("layer", False), *((heading, True) for heading, _, _ in COMPARED)])
+    """Return the change of every layer, as ``value (change)``, and what it means in sentences.
+
+    Columns that do not fit ``width`` letters are left out.
+    """
+    rows = []
     for index, layer in enumerate(comparison.profile.layers):
         changes = comparison.changes(index)
-        cells = [_cell(getattr(layer, field), changes[field], form) for _, field, form in COMPARED]
-        layers.add_row(layer.layer, *cells)
+        cells = (_cell(getattr(layer, field), changes[field], form) for _, field, _, form, _ in COMPARED)
+        rows.append([layer.layer, *cells])
+    headings = ["layer", *(heading for heading, *_ in COMPARED)]
+    shown = fitting(headings, [0, *(rank for *_, rank in COMPARED)], rows, width)
+    layers = table([(headings[index], index > 0) for index in shown])
+    for row in rows:
+        layers.add_row(*(Text(row[index]) for index in shown))
+    meanings = "; ".join(f"{heading}: {meaning}" for heading, _, meaning, *_ in (COMPARED[i - 1] for i in shown[1:]))
+    left_out = ", ".join(heading for index, heading in enumerate(headings) if index not in shown)
+    legend = Text(f"{meanings}{f'; left out for want of room: {left_out}' if left_out else ''}", style="dim")
     sentences = [Text(f"- {sentence}") for sentence in comparison.explanation]
-    return draw([Text(title), layers, Text(""), *sentences], layers, width, colour)
+    return draw([Text(title), layers, legend, Text(""), *sentences], layers, width, colour)
 
 
 def _cell(value: float | None, change: float | None, form: Callable[[float | None], str]) -> str:

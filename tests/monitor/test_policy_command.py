@@ -17,6 +17,7 @@ from rksp_monitor.discovery import Sighting
 from rksp_monitor.history import read_history
 from rksp_monitor.ledger import Outcome, open_ledger
 from rksp_monitor.policy_replay import replay
+from rksp_monitor.report.policy_replay import LISTED, replay_table
 from tests.core.profiles import profile
 
 STEPS = range(0, 400, 50)
@@ -75,7 +76,9 @@ def test_a_stricter_policy_says_where_it_differs(folder: Path, tmp_path: Path, c
         assert difference["was"]["level"] == history[index].decision["level"]
     assert document["would"]["orders"] == sum(decision.order is not None for decision in again)
     table = replayed(folder, "--policy", path, "--exit-code", capsys=capsys, code=1)
-    assert f"8 judged events, {len(document['differences'])} differ" in table
+    assert f"8 judged events, {len(document['differences'])} decided otherwise" in table
+    assert table.index("first alarm at step") < table.index("order would be"), "the sums come first"
+    assert "ok: events, hours" in table
     assert "0.05, clip 1" in table
 
 
@@ -87,6 +90,16 @@ def test_sums_are_hours_at_each_level_and_the_first_alarm(folder: Path):
     # Each level holds from its event to the next one; what comes after the last event is not known.
     assert result.was.seconds == (2 * HOUR, 5 * HOUR, 0.0, 0.0)
     assert result.was.events == (2, 6, 0, 0)
+
+
+def test_of_many_differences_the_first_are_listed_and_a_short_run_is_told_in_minutes(folder: Path):
+    result = replay(read_history(folder), Policy(rules=()))
+    differing = result.differences[0]
+    text = replay_table(dataclasses.replace(result, steps=(differing,) * (LISTED + 5)))
+    assert text.splitlines().count(next(line for line in text.splitlines() if line.startswith(" 100"))) == LISTED
+    assert text.endswith("and 5 more; --format json has all\n")
+    assert "ok: events, minutes" in text
+    assert "1 judged event, 1 decided otherwise" in replay_table(dataclasses.replace(result, steps=(differing,)))
 
 
 def test_a_policy_without_rules_gives_no_alarm(folder: Path):

@@ -13,6 +13,7 @@ from rksp_core.compare import compare
 from rksp_core.errors import ProfileError
 from rksp_core.profile import ModelProfile
 from rksp_monitor.cli import run
+from rksp_monitor.report.profile import comparison_table
 from tests.core.profiles import profile
 from tests.monitor import tiny_model
 
@@ -74,7 +75,12 @@ def test_a_profile_file_serves_as_a_baseline(folder: Path, tmp_path: Path, capsy
         assert layer["change"]["spectral_radius"] == layer["spectral_radius"] - old.spectral_radius
     assert any("blocks.1" in sentence for sentence in document["explanation"])
     assert run(["compare", *arguments]) == 0
-    assert "most in blocks.1" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "most in blocks.1" in table
+    assert "near: near-unit mass; expan: expansive mass; " in table
+    narrow = comparison_table(compare(stored, ModelProfile.load(before)), "title", width=80)
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert "left out for want of room: contr, σmax" in " ".join(narrow.split())
 
 
 def test_a_checkpoint_is_where_it_was(folder: Path, capsys: pytest.CaptureFixture[str]):
