@@ -6,25 +6,32 @@ knowing). Nothing is left behind: what is written is removed, and the ledger is 
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
 import socket
+import ssl
 import stat
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 
 from rksp_core.atomic import write_atomic
 from rksp_core.errors import ConfigError, ControlError, MemoryLimitError, ProbeError, RkspError
 from rksp_monitor.config import RunSettings, WatchSettings
+from rksp_monitor.history import Row, Selection, read_history
+from rksp_monitor.printable import counted
 from rksp_monitor.run import Run
 
 Findings = Iterator[tuple[bool | None, str]]
 
 LISTED = 5  # checkpoints that are named one by one
+WAITING = ("seen", "ready", "processing")
+ANSWERS = 1.0  # seconds within which a watcher answers
 
 
 # -- the process
@@ -53,9 +60,33 @@ def _address(listen: str) -> Findings:
         try:
             channel.bind((host, port))
         except OSError as error:
-            yield False, f"{listen} is not free ({error.strerror}); another watcher, or choose another --listen"
+            if error.errno == errno.EADDRINUSE and _is_watchers(host, port):
+                yield None, f"{listen} is in use by a watcher that answers; a second one would need another --listen"
+            else:
+                yield False, f"{listen} is not free ({error.strerror}); choose another --listen"
         else:
             yield True, f"{listen} is free for the metrics endpoint"
+
+
+def _is_watchers(host: str, port: int) -> bool:
+    """Whether a watcher answers there, with TLS or without: its certificate is for others to judge."""
+    anyone = ssl.create_default_context()
+    anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
+    place = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - asked, not bound
+    for connection in (
+        HTTPConnection(place, port, timeout=ANSWERS),
+        HTTPSConnection(place, port, timeout=ANSWERS, context=anyone),
+    ):
+        try:
+            with closing(connection):
+                connection.request("GET", "/healthz")
+                if connection.getresponse().read(16) in (b"ok\n", b"not now\n"):
+                    return True
+        except TimeoutError:
+            return False
+        except (OSError, HTTPException):  # no HTTP is spoken there, or only within TLS
+            continue
+    return False
 
 
 def _receivers(settings: WatchSettings) -> Findings:
@@ -113,11 +144,31 @@ def _ledger(run: Run, settings: RunSettings) -> Findings:
     with suppress(ControlError):  # a damaged hold is said further down
         try:
             watcher = look(run, settings, time.time()).watcher
+            kept = _kept(run)
         except ConfigError as error:
             yield False, str(error)
             return
-        if watcher.owner and watcher.alive is not False:
+        watched = bool(watcher.owner) and watcher.alive is not False
+        if watched:
             yield None, f"already watched by {watcher.owner}; a second watcher would be refused"
+        enforces = watcher.enforces if watched else settings.enforce
+        mode = "enforces: it writes orders" if enforces else "observes: it logs what it would order, and orders nothing"
+        backlog = settings.backlog if isinstance(settings.backlog, str) else f"every {settings.backlog.every} steps"
+        yield True, f"{mode}; backlog: {backlog}, {sum(kept[status][0] for status in WAITING)} waiting"
+        for status in ("failed", "skipped"):
+            count, last = kept[status]
+            if last is not None:
+                yield None, f"{counted(count, 'event')} {status}, the last is {last.kind} {last.step}: {last.error}"
+
+
+def _kept(run: Run) -> dict[str, tuple[int, Row | None]]:
+    """Return how many events of the ledger are in each state but done, and the last of them."""
+    statuses = (*WAITING, "failed", "skipped")
+    kept: dict[str, tuple[int, Row | None]] = dict.fromkeys(statuses, (0, None))
+    if run.ledger.is_file():
+        for row in read_history(run.ledger, run=run.name).rows(Selection(statuses=statuses)):
+            kept[row.status] = kept[row.status][0] + 1, row
+    return kept
 
 
 def _existing(folder: Path) -> Path:

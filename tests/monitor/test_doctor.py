@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from prometheus_client import CollectorRegistry
 
 from rksp_monitor.cli import run
+from rksp_monitor.discovery import Sighting
+from rksp_monitor.endpoint import serve
 from rksp_monitor.ledger import open_ledger
 from tests.monitor import tiny_model
+from tests.monitor.certificates import make_certificate
 
 MODEL = "tests.monitor.tiny_model:build"
 
@@ -67,6 +71,9 @@ def test_a_good_run_is_ok_from_its_folder_to_its_trainer(
     ):
         assert line in out
     assert "FAIL" not in out
+    assert "ok    observes: it logs what it would order, and orders nothing; backlog: all, 0 waiting" in out
+    good, notes = (sum(line.startswith(mark) for line in out.splitlines()) for mark in ("ok ", "-- "))
+    assert out.endswith(f"\n\n{good} ok, {notes} to know (--), 0 wrong\n")
     assert sorted(folder.rglob("*")) == before
 
 
@@ -79,7 +86,7 @@ def test_all_runs_of_the_settings_are_checked(folder: Path, tmp_path: Path, caps
     path = settings(tmp_path, runs=[{"folder": f"{folder.parent}/*"}])
     out = doctor("--config", path, capsys=capsys, code=0)
     assert "run 'one' in" in out
-    assert "run 'two' in" in out
+    assert "\n\n--    run 'two' in" in out or "\n\nok    run 'two' in" in out, "a blank line before each run"
     assert "control folder" in out.partition("run 'two'")[2]
     path = settings(tmp_path, runs=[{"folder": f"{tmp_path}/none/*"}])
     assert "find no folder yet" in doctor("--config", path, capsys=capsys, code=0)
@@ -132,6 +139,36 @@ def test_a_damaged_hold_a_watcher_and_a_taken_address_are_said(
     with open_ledger(ledger, "one"):
         out = doctor(folder, "--config", settings(tmp_path), capsys=capsys, code=0)
     assert f"--    already watched by process {os.getpid()} on " in out
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+def test_beside_a_running_watcher_its_address_is_no_trouble(
+    encrypted: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    web = None
+    if encrypted:
+        web = tmp_path / "web.yaml"
+        make_certificate(tmp_path, "server")
+        web.write_text("tls_server_config: {cert_file: server.crt, key_file: server.key}\n")
+    answers = {"healthy": lambda: False, "ready": lambda: False}
+    with serve("127.0.0.1:0", CollectorRegistry(), **answers, web_config=web) as address:
+        out = doctor("--listen", address, capsys=capsys, code=0)
+    assert f"--    {address} is in use by a watcher that answers" in out
+
+
+def test_what_failed_was_skipped_or_waits_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with open_ledger(folder / ".rksp" / "one.sqlite3", "one") as ledger:
+        for step, status in ((10, "failed"), (20, "failed"), (30, "skipped"), (40, "ready")):
+            ledger.record(Sighting(folder / f"step-{step}", "folder", "checkpoint", step, "f", True))
+            event = ledger.next_ready("checkpoint")
+            if status != "ready":
+                ledger.claim(event)
+                ledger.close_event(event, status, f"reason {step}")
+    path = settings(tmp_path, enforce=True, backlog={"every": 500})
+    out = doctor(folder, "--config", path, capsys=capsys, code=0)
+    assert "ok    enforces: it writes orders; backlog: every 500 steps, 1 waiting" in out
+    assert "--    2 events failed, the last is checkpoint 20: reason 20" in out
+    assert "--    1 event skipped, the last is checkpoint 30: reason 30" in out
 
 
 def test_a_folder_that_is_not_there_and_a_run_that_is_only_observed(
