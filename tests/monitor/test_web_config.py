@@ -25,7 +25,8 @@ from rksp_monitor.web_config import WebConfig
 from tests.monitor.certificates import make_certificate
 
 PASSWORD = "correct horse"
-HASH = bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(4)).decode()
+# A fixed salt: the hash is part of the name of a test, which each process of a parallel run must know by the same one.
+HASH = bcrypt.hashpw(PASSWORD.encode(), b"$2b$04$abcdefghijklmnopqrstuu").decode()
 OTHER = bcrypt.hashpw(b"battery staple", bcrypt.gensalt(4)).decode()
 
 

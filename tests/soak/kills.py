@@ -139,7 +139,9 @@ def _as_if_undisturbed(report: Report, folder: Path, watched: Path, settings: Pa
     ours, theirs = _settled(documents(watched)), _settled(documents(control))
     for name in sorted(theirs.keys() | ours.keys()):
         same = ours.get(name) == theirs.get(name)
-        found = f"{json.dumps(ours.get(name))[:900]} instead of {json.dumps(theirs.get(name))[:900]}"
+        pair = [each.get(name) or {} for each in (ours, theirs)]
+        apart = [key for key in pair[0].keys() | pair[1].keys() if pair[0].get(key) != pair[1].get(key)]
+        found = "; ".join(f"{key}: {pair[0].get(key)} instead of {pair[1].get(key)}"[:900] for key in sorted(apart))
         report.promise(f"{name} is as if nobody had disturbed the watcher", same, found)
 
 
