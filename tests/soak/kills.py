@@ -7,7 +7,6 @@ in the end is what a watcher that nobody disturbed remembers of the same run.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
