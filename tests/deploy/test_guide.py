@@ -12,7 +12,9 @@ import pytest
 from rksp_monitor.announce import Announcer
 from rksp_monitor.announce_settings import EventName, Webhook
 from rksp_monitor.config import read_settings
+from rksp_monitor.judge import OLD_SECONDS
 from rksp_monitor.log import make_logger
+from rksp_monitor.replay_worker import SUBJECTS
 from rksp_monitor.session import FIXED
 from tests.deploy.processes import PATH, ROOT, daemon, free_port, run, wait_until
 
@@ -46,6 +48,13 @@ def test_what_waits_for_the_next_start_is_what_the_guide_says():
     sentence = re.search(r"mistake changes nothing.*?log\. (.*?) wait for the next start", GUIDE, re.DOTALL)
     assert sentence
     assert set(re.findall(r"`(\w+)`", sentence[1])) == set(FIXED)
+
+
+def test_the_numbers_of_the_guide_are_those_of_the_watcher():
+    text = " ".join(GUIDE.split())
+    assert f"It keeps up to {SUBJECTS} models" in text
+    assert OLD_SECONDS == 60, "the guide says: more than a minute old"
+    assert "evidence more than a minute old that a later event has overtaken" in text
 
 
 def test_the_events_of_the_guide_exist():
