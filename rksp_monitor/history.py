@@ -218,7 +218,7 @@ def _others(path: Path) -> str:
         others = []
     if others:
         return f"; there are those of {', '.join(others[:5])}: name the run with --run-id"
-    return "; watch the run first, or say where its watcher keeps it with --state-dir"
+    return "; watch the run first, or say where its watcher keeps it with --state-dir, or its --config"
 
 
 _COLUMNS = tuple(f.name for f in dataclasses.fields(Row))
