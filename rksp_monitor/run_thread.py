@@ -241,9 +241,7 @@ class RunThread:
 
         A folder without its configuration is one that the trainer has just made.
         """
-        if not self.folder.is_dir():
-            self._around.log.info("waiting for the run folder", folder=str(self.folder))
-        scanner = Scanner(self.folder)
+        scanner, said = Scanner(self.folder), False
         while not self._ending.stop.is_set():
             self._tick()
             self._ending.wake.clear()
@@ -251,6 +249,10 @@ class RunThread:
             known = told or (self.folder / CONFIG).is_file() or scanner.scan()
             if known and self.folder.is_dir():
                 return True
+            if not said:
+                what = "there is nothing in it yet" if self.folder.is_dir() else "it is not there yet"
+                self._around.log.info("waiting for the run folder", folder=str(self.folder), problem=what)
+                said = True
             self._ending.wake.wait(min(1.0, self._around.poll_interval))
         return False
 
