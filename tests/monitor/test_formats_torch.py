@@ -280,5 +280,5 @@ def test_lightning_writes_the_model_under_a_prefix(tmp_path: Path):
 
 def test_a_pickle_from_before_zip_archives_is_refused(tmp_path: Path):
     (tmp_path / "step-1.pt").write_bytes(pickle.dumps({"a": 1}, protocol=2))
-    with pytest.raises(CorruptCheckpoint, match=r"before version 1\.6"):
+    with pytest.raises(CorruptCheckpoint, match=r"since version 1\.6"):
         FORMATS["torch"].is_complete(tmp_path / "step-1.pt")
