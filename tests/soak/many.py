@@ -7,14 +7,13 @@ The whole backlog is there at the start, with profiles between the checkpoints. 
 from __future__ import annotations
 
 import csv
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
 
 import yaml
 
+from tests.soak.beside import Beside
 from tests.soak.process import Memory, Watch, ledger, until
 from tests.soak.report import Report, quantile
 from tests.soak.scrapes import Scraper, slow_clients
@@ -70,21 +69,13 @@ def _write(folder: Path, runs: int, checkpoints: int, profiles: int) -> list[Pat
     return folders
 
 
-class Progress(threading.Thread):
+class Progress(Beside):
     """Samples how many events of each run were judged."""
 
     def __init__(self, watch: Watch) -> None:
-        super().__init__(daemon=True)
-        self._watch, self._over = watch, threading.Event()
+        super().__init__()
+        self._watch = watch
         self.samples: list[list[int]] = []
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self.join()
 
     def run(self) -> None:
         while not self._over.wait(0.5):

@@ -9,12 +9,13 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
+
+from tests.soak.beside import Beside
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
@@ -94,22 +95,14 @@ class Watch:
         return [pid for pid in _children(self.process.pid) if b"replay_worker" in _command(pid)]
 
 
-class Memory(threading.Thread):
+class Memory(Beside):
     """Samples the resident memory of a watcher and its workers, in MiB, until the context ends."""
 
     def __init__(self, watch: Watch, interval: float = 0.1) -> None:
-        super().__init__(daemon=True)
-        self._watch, self._interval, self._over = watch, interval, threading.Event()
+        super().__init__()
+        self._watch, self._interval = watch, interval
         self.samples: list[tuple[float, float, float]] = []  # (seconds since the start, daemon, workers)
         self.peak_daemon = self.peak_worker = 0.0
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self.join()
 
     def run(self) -> None:
         began = time.monotonic()

@@ -8,27 +8,20 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from typing import Self
+
+from tests.soak.beside import Beside
 
 HALF_A_REQUEST = b"GET /metrics HTTP/1.1\r\nHost: slow\r\nX-Never-Ends: "
 
 
-class Scraper(threading.Thread):
+class Scraper(Beside):
     """Scrapes again and again until the context ends; ``seconds`` holds how long each scrape took."""
 
     def __init__(self, address: tuple[str, int], every: float = 0.1) -> None:
-        super().__init__(daemon=True)
-        self._address, self._every, self._over = f"http://{address[0]}:{address[1]}/metrics", every, threading.Event()
+        super().__init__()
+        self._address, self._every = f"http://{address[0]}:{address[1]}/metrics", every
         self.seconds: list[float] = []
         self.failed: list[str] = []
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self.join()
 
     def run(self) -> None:
         while not self._over.wait(self._every):

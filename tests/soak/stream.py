@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import threading
 from pathlib import Path
-from typing import Self
 
 from safetensors.torch import save_file
 
@@ -15,6 +13,7 @@ from rksp_core import ProfileWriter
 from rksp_core.control import ORDER_FILE, ControlListener
 from tests.core.profiles import profile
 from tests.monitor import tiny_model
+from tests.soak.beside import Beside
 
 MODEL = "tests.monitor.tiny_model:build"
 ARGUMENTS = {"width": 8, "depth": 1}  # a replay of about 0.1 s
@@ -73,25 +72,16 @@ def write_profile(run: Path, step: int, *, alarm: bool = False) -> Path:
     return ProfileWriter(run, every=1).write(moved, step, loss=2.0, gradient_norm=LARGE if alarm else 1.0)
 
 
-class Trainer(threading.Thread):
+class Trainer(Beside):
     """Stands in for a trainer: polls its control folder, obeys, and keeps every order it saw, with its bytes."""
 
     def __init__(self, run: Path, name: str) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self._listener = ControlListener(run / "control", name)
         self._order = run / "control" / ORDER_FILE
-        self._over = threading.Event()
         self.orders: list[tuple[int, bytes]] = []  # (generation, the file's bytes), whenever the file changed
         self.obeyed: list[int] = []
         self.step = 0
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self.join()
 
     def run(self) -> None:
         while not self._over.wait(0.005):
@@ -107,25 +97,16 @@ class Trainer(threading.Thread):
                     self.obeyed.append(order.generation)
 
 
-class Writer(threading.Thread):
+class Writer(Beside):
     """Writes checkpoints and profiles of a run, one after another, until the context ends.
 
     Every tenth profile is an alarm, so that an order is due twice in ten profiles.
     """
 
     def __init__(self, run: Path, templates: Templates, *, every: float, profiles_each: int = 4) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self._run, self._templates, self._every, self._profiles_each = run, templates, every, profiles_each
-        self._over = threading.Event()
         self.checkpoints = self.profiles = 0
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self.join()
 
     def run(self) -> None:
         while not self._over.is_set():
