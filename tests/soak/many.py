@@ -128,7 +128,7 @@ def _say_order(report: Report, folders: Sequence[Path], checkpoints: int, profil
 
 def _say_fairness(report: Report, progress: Progress, each: int, profiles: int) -> None:
     """Say how far apart the runs were, once their profiles were judged and while none was finished."""
-    midway = [counts for counts in progress.samples if min(counts) > profiles and max(counts) < each]
+    midway = [counts for counts in progress.samples if counts and min(counts) > profiles and max(counts) < each]
     spreads = [max(counts) - min(counts) for counts in midway]
     if not spreads:
         report.skipped("fairness", "it was over too soon to be looked at")
