@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str, *, mode: int = 0o644) -> None:
-    """Replace ``path`` by ``data`` in one step.
-
-    The temporary file lies in the same folder, starts with a dot and ends in ``.tmp``, so that scanners can
-    skip it; it is removed when anything fails.
+    """Replace ``path`` by ``data`` in one step, as `atomic_stream` does.
 
     Parameters
     ----------
@@ -27,13 +27,23 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str, *, mode: int =
     OSError
         As the file system says: no folder, no permission, no space.
     """
+    with atomic_stream(path, mode=mode) as stream:
+        stream.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def atomic_stream(path: str | os.PathLike[str], *, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """Give a stream whose content replaces ``path`` in one step at the end of the block; nothing does when it raises.
+
+    The temporary file lies in the same folder, starts with a dot and ends in ``.tmp``, so that scanners can
+    skip it; it is removed when anything fails. ``path``, ``mode`` and what is raised are as for `write_atomic`.
+    """
     target = Path(path)
-    payload = data.encode() if isinstance(data, str) else data
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
             os.fchmod(stream.fileno(), mode)
-            stream.write(payload)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         Path(temporary).replace(target)

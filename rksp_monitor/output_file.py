@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from rksp_core.atomic import write_atomic
+from rksp_core.atomic import atomic_stream
 from rksp_core.errors import ConfigError
 
 
@@ -44,13 +44,8 @@ def write_output(path: Path, content: str | bytes) -> None:
     ConfigError
         When it cannot be written.
     """
-    try:
-        if _is_device(path):
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
-        else:
-            write_atomic(path.resolve(), content)
-    except OSError as error:
-        raise ConfigError(f"the output file {path} cannot be written: {error.strerror}") from error
+    with output_stream(path) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
@@ -69,18 +64,8 @@ def output_stream(path: Path) -> Iterator[BinaryIO]:
             with path.open("wb") as stream:
                 yield stream
             return
-        target = path.resolve()
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                os.fchmod(stream.fileno(), 0o644)
-                yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with atomic_stream(path.resolve()) as stream:
+            yield stream
     except OSError as error:
         raise ConfigError(f"the output file {path} cannot be written: {error.strerror}") from error
 

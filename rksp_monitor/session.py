@@ -16,7 +16,7 @@ from typing import Any
 from rksp_core.errors import ConfigError, RkspError
 from rksp_core.policy import LEVELS
 from rksp_monitor.announce import Announcer
-from rksp_monitor.config import RunEntry, WatchSettings
+from rksp_monitor.config import RunEntry, RunSettings, WatchSettings
 from rksp_monitor.discovery import FileEvents
 from rksp_monitor.endpoint import serve
 from rksp_monitor.log import make_logger
@@ -36,18 +36,7 @@ BEAT_SECONDS = 1.0  # between two looks at the runs
 PARTING_SECONDS = 10.0  # that a run gets to end; one that hangs in a system call never does
 
 # Settings that the endpoint, the workers, the scans or the announcer were built from.
-FIXED = (
-    "poll_interval",
-    "hints",
-    "listen",
-    "web_config",
-    "log_level",
-    "per_layer_metrics",
-    "state_dir",
-    "workers",
-    "webhooks",
-    "hooks",
-)
+FIXED = [name for name in WatchSettings.model_fields if name not in {*RunSettings.model_fields, "runs", "fail_on"}]
 
 
 class Session:
