@@ -26,6 +26,7 @@ from rksp_core import Limits, ProfileWriter
 from rksp_core.control import ControlListener
 from tests.core.profiles import profile
 from tests.monitor import tiny_model
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 MODEL = ("--model", "tests.monitor.tiny_model:build_scripted")
@@ -36,17 +37,6 @@ SETTINGS = {
     "RKSP_REPLAY__SEQUENCES": "8",
     "RKSP_POLL_INTERVAL": "0.2",
 }
-
-
-def until(what: Callable[[], object], seconds: float = 60) -> None:
-    """Wait for something to become true; the limit only ends a test that would fail anyway."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        with contextlib.suppress(OSError, ValueError, KeyError, sqlite3.Error):
-            if what():
-                return
-        time.sleep(0.05)
-    raise AssertionError("it did not happen in time")
 
 
 class Watcher:

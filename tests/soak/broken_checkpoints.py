@@ -15,8 +15,9 @@ from pathlib import Path
 import yaml
 
 from tests.monitor import broken
-from tests.soak.process import Memory, Watch, open_rows, rows, until
+from tests.soak.process import Memory, Watch, open_rows, rows
 from tests.soak.report import Report
+from tests.waiting import until
 
 MOMENTS, SHORT_MOMENTS = 60, 1  # of each of three kinds
 ROOM = 64.0  # MiB above the peak of good checkpoints that broken ones may cost a process

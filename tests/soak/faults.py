@@ -18,9 +18,10 @@ import yaml
 
 from rksp_core.control import ControlListener
 from tests.soak.broken_checkpoints import HELD
-from tests.soak.process import Watch, documents, open_rows, rows, until
+from tests.soak.process import Watch, documents, open_rows, rows
 from tests.soak.report import Report
 from tests.soak.stream import ARGUMENTS, MODEL, POLICY, Templates, write_profile
+from tests.waiting import until
 
 CLOCK = Path(__file__).parent / "clock"
 LAST_STEP = "rksp_checkpoint_last_processed_step"

@@ -18,9 +18,10 @@ from typing import Any
 
 import yaml
 
-from tests.soak.process import Watch, documents, ledger, open_rows, rows, until
+from tests.soak.process import Watch, documents, ledger, open_rows, rows
 from tests.soak.report import Report
 from tests.soak.stream import ARGUMENTS, MODEL, POLICY, Templates, Trainer, Writer, copy_of
+from tests.waiting import until
 
 KILLS, SHORT = 200, 1
 LONGEST = 4.0  # seconds that a process lives at most; its worker is ready after about 3

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import yaml
 
-from tests.soak.process import Watch, until
+from tests.soak.process import Watch
 from tests.soak.report import Report, quantile
 from tests.soak.stream import ARGUMENTS, MODEL, Templates
+from tests.waiting import until
 
 COUNT, SHORT = 40, 2
 LIMIT = 2.0  # seconds at a poll of one second

@@ -14,10 +14,11 @@ from pathlib import Path
 import yaml
 
 from tests.soak.beside import Beside
-from tests.soak.process import Memory, Watch, ledger, until
+from tests.soak.process import Memory, Watch, ledger
 from tests.soak.report import Report, quantile
 from tests.soak.scrapes import Scraper, slow_clients
 from tests.soak.stream import ARGUMENTS, MODEL, Templates, write_profile
+from tests.waiting import until
 
 RUNS, CHECKPOINTS, PROFILES = 50, 100, 20  # of each run
 SHORT = 3, 4, 2

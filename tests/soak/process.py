@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -113,17 +113,6 @@ class Memory(Beside):
             self.samples.append((time.monotonic() - began, own, theirs))
             self.peak_daemon = max(self.peak_daemon, daemon.get("VmHWM", 0.0))
             self.peak_worker = max([self.peak_worker, *(worker.get("VmHWM", 0.0) for worker in workers)])
-
-
-def until(what: Callable[[], object], seconds: float = 60, why: str = "it") -> None:
-    """Wait for something to become true; the limit only ends an experiment that failed anyway."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        with contextlib.suppress(OSError, ValueError, KeyError, sqlite3.Error):
-            if what():
-                return
-        time.sleep(0.05)
-    raise AssertionError(f"{why} did not happen in {seconds:g} s")
 
 
 @contextlib.contextmanager
