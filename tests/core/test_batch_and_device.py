@@ -57,7 +57,6 @@ def test_devices_and_dtypes() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_profile_of_the_cpu() -> None:
     torch.manual_seed(0)
     model = Model(3)

@@ -154,7 +154,7 @@ class TestRegularizer:
         restored.load_state_dict(regularizer.state_dict())
         assert restored.settings == KSSSettings(alpha=0.2)
 
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+    @pytest.mark.gpu
     def test_blocks_on_two_devices_give_the_term_of_one(self) -> None:
         """As under Hugging Face's ``device_map``, which moves a block's input inside of the block."""
         terms = []

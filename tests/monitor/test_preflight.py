@@ -177,7 +177,6 @@ class TestErrors:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_profile() -> None:
     cpu = look(factory("tiny"))
     gpu = preflight(factory("tiny"), random_probe(32), Settings(), device="cuda")
