@@ -71,6 +71,11 @@ def preflight(
     exit_zero: Annotated[bool, typer.Option("--exit-zero", help="Exit 0 whatever the verdict.")] = False,
 ) -> int:
     """Look at a model before it is trained: the spectra of its residual stream, warnings, and a decision."""
+    if standard_lr == 0:
+        raise ConfigError("--standard-lr must be above 0, got 0; leave it out for the rate that is usual at this width")
+    for name, value in {"--depth": depth, "--standard-lr": standard_lr, "--loss": loss}.items():
+        if lr is None and value is not None:
+            raise ConfigError(f"{name} is of no use without --lr; give the planned peak learning rate as well")
     if output_file is not None:
         require_writable(output_file)
     with progress_bar() as progress:
