@@ -12,6 +12,7 @@ still being written looks damaged to most readers.
     megatron     ``iter_N/`` of Megatron Core, written by its ``torch_dist``
     deepspeed    ``global_stepN/`` of DeepSpeed, ZeRO or not; with ``trust_pickle``
     folder       a folder with weights in one file, or in shards with an index: Hugging Face's ``checkpoint-N/`` too
+    fsdp         the same with accelerate's ``pytorch_model_fsdp_0/`` in it: the Trainer under FSDP
     dcp          a folder of torch.distributed.checkpoint, such as torchtitan's ``step-N/``
     foreign      orbax, Levanter, zarr, adapters: recognised, and said not to be read
 """
@@ -28,6 +29,7 @@ from rksp_monitor.checkpoints import (
     dcp_folder,
     deepspeed_folder,
     foreign_folder,
+    fsdp_folder,
     lightning_folder,
     megatron_folder,
     olmo_folder,
@@ -80,6 +82,7 @@ FORMATS: Mapping[str, CheckpointFormat] = cast(
         "olmo": olmo_folder,
         "megatron": megatron_folder,
         "folder": step_folder,
+        "fsdp": fsdp_folder,
         "deepspeed": deepspeed_folder,
         "dcp": dcp_folder,
         "foreign": foreign_folder,

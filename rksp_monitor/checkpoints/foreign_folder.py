@@ -1,4 +1,4 @@
-"""Folders that are recognised and not read: JAX's checkpoints, adapters, older Megatron. One sentence says so."""
+"""Folders that are recognised and not read: JAX's, adapters, older Megatron, FSDP by rank. One sentence says so."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
 KIND: Final = "checkpoint"
 
+_OF_A_RANK = "holds a file of each rank (FSDP), which are not read; use SHARDED_STATE_DICT, written through DCP"
+
 # What tells the kind, inside the folder or one below it -> what it is, and what to do.
 _SIGNS = {
     "adapter_model.safetensors": "holds an adapter (PEFT) and no model; save the merged model, or train without one",
     "adapter_model.bin": "holds an adapter (PEFT) and no model; save the merged model, or train without one",
+    "pytorch_model_fsdp_rank0.bin": _OF_A_RANK,
+    "pytorch_model_fsdp_0_rank0.bin": _OF_A_RANK,
     "_CHECKPOINT_METADATA": "is an orbax checkpoint (JAX), which is not read; export it as safetensors",
     "_METADATA": "is an orbax checkpoint (JAX), which is not read; export it as safetensors",
     "manifest.ocdbt": "is a tensorstore checkpoint (orbax or Levanter), which is not read; export it as safetensors",

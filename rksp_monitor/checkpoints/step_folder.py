@@ -33,6 +33,7 @@ _WEIGHTS = {
     "model.pth": torch_file,
     "pytorch_model.bin": torch_file,
     "pytorch_model.bin.index.json": sharded_index,
+    "pytorch_model_fsdp.bin": torch_file,  # accelerate's FSDP with FULL_STATE_DICT
 }
 _HUGGING_FACE = re.compile(r"checkpoint-\d+")
 _OF_THE_TRAINER = ("config.json", "training_args.bin", TRAINER_STATE)  # written around the weights
@@ -73,6 +74,17 @@ def is_complete(path: Path) -> None:
     found = _WEIGHTS[file.name].is_complete(file)
     if not found:
         raise IncompleteCheckpoint(found.problem)
+    check_trainer(path)
+
+
+def check_trainer(path: Path) -> None:
+    """Check for the Hugging Face Trainer's last file, where it has begun to write.
+
+    Raises
+    ------
+    IncompleteCheckpoint
+        While that file is missing.
+    """
     of_the_trainer = {name for name in _OF_THE_TRAINER if (path / name).is_file()}
     if _HUGGING_FACE.fullmatch(path.name) and of_the_trainer and TRAINER_STATE not in of_the_trainer:
         raise IncompleteCheckpoint(f"{shown(path.name)} has no {TRAINER_STATE} yet, which is written last")

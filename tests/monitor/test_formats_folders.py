@@ -26,6 +26,7 @@ from upath import UPath
 
 from rksp_core.errors import CorruptCheckpoint, ExpiredCheckpoint, IncompleteCheckpoint, UnsupportedCheckpoint
 from rksp_monitor.checkpoints import FORMATS, configuration_of, dcp_folder, format_of, outside, read_weights, step_of
+from rksp_monitor.discovery import Scanner
 from rksp_monitor.weights import load_into
 from tests.monitor import tiny_model
 
@@ -101,6 +102,52 @@ def test_what_the_trainer_of_transformers_writes(tmp_path: Path):
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
     (folder / "trainer_state.json").unlink()
     assert not is_complete(folder)
+
+
+def accelerated(run: Path, kind: str = "SHARDED_STATE_DICT") -> tuple[Path, Path]:
+    """checkpoint-1000/ of the Trainer under FSDP: accelerate writes model and optimizer, each into its own folder."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import save_fsdp_model, save_fsdp_optimizer
+
+    folder, module = run / "checkpoint-1000", tiny_model.build()
+    load_into(module, WEIGHTS, "WEIGHTS")
+    optimizer, plugin = torch.optim.AdamW(module.parameters()), FullyShardedDataParallelPlugin(fsdp_version=2)
+    module(torch.arange(8).reshape(2, 4)).sum().backward()
+    plugin.set_state_dict_type(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to save in a single process"
+        save_fsdp_model(plugin, Accelerator(cpu=True), module, str(folder))
+        save_fsdp_optimizer(plugin, Accelerator(cpu=True), optimizer, module, str(folder))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    (folder / "trainer_state.json").write_text('{"global_step": 1000}')
+    return folder, folder / "pytorch_model_fsdp_0" / ".metadata"
+
+
+def test_shards_of_accelerate_are_the_weights_of_their_checkpoint(tmp_path: Path):
+    folder, last = accelerated(tmp_path)
+    assert {path.name for path in folder.iterdir()} >= {"pytorch_model_fsdp_0", "optimizer_0"}
+    assert (format_of(folder), step_of(folder)) == ("fsdp", 1000)
+    (sighting,) = Scanner(tmp_path).scan()
+    assert (sighting.path, sighting.format, sighting.settling) == (folder, "fsdp", True)
+    assert {file.parent.name for file in FORMATS["fsdp"].files(folder)} == {"pytorch_model_fsdp_0", folder.name}
+    assert_loads(folder)
+    (folder / "trainer_state.json").unlink()
+    (folder / "config.json").touch()
+    assert "has no trainer_state.json yet" in is_complete(folder).problem
+    last.unlink()
+    assert "has no .metadata yet" in is_complete(folder).problem
+    shutil.rmtree(last.parent)
+    with pytest.raises(ExpiredCheckpoint):
+        FORMATS["fsdp"].weights(folder)
+
+
+def test_fsdp_in_one_file_is_read_and_a_file_a_rank_is_not(tmp_path: Path):
+    folder, _ = accelerated(tmp_path, "FULL_STATE_DICT")
+    assert_loads(folder)
+    (folder / "pytorch_model_fsdp.bin").rename(folder / "pytorch_model_fsdp_rank0.bin")
+    with pytest.raises(UnsupportedCheckpoint, match="SHARDED_STATE_DICT"):
+        read_weights(folder)
 
 
 def test_it_is_complete_with_every_shard_and_the_file_of_the_trainer(folder: Path):
@@ -263,7 +310,12 @@ def test_megatron_says_which_backend_is_not_read(tmp_path: Path):
         is_complete(folder)
 
 
-WRITERS = {"folder": lambda run: (tiny_model.save_folder(run, 1000),), "olmo": olmo, "megatron": megatron}
+WRITERS = {
+    "folder": lambda run: (tiny_model.save_folder(run, 1000),),
+    "fsdp": accelerated,
+    "olmo": olmo,
+    "megatron": megatron,
+}
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())

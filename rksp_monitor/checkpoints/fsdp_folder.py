@@ -1,0 +1,50 @@
+"""A ``checkpoint-N/`` of the Hugging Face Trainer under FSDP: accelerate's ``pytorch_model_fsdp_0/`` holds the weights.
+
+It is written by `torch.distributed.checkpoint` (``SHARDED_STATE_DICT``), and the Trainer's own files lie around it, as
+around any weights (`step_folder`). The optimizer lies beside it in ``optimizer_0/``. accelerate numbers the models of a
+program; the Trainer has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from rksp_monitor.checkpoints import dcp_folder, markers, step_folder
+from rksp_monitor.checkpoints.completeness import answers
+from rksp_monitor.checkpoints.names import is_candidate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KIND: Final = "checkpoint"
+SHARDS = "pytorch_model_fsdp_0"
+
+
+def matches(path: Path) -> bool:
+    """A folder with a step and a ``pytorch_model_fsdp_0/`` in it."""
+    return is_candidate(path.name) and (path / SHARDS).is_dir() and step(path) is not None
+
+
+def step(path: Path) -> int | None:
+    """Return the step in the name."""
+    return step_folder.step(path)
+
+
+def files(path: Path) -> list[Path]:
+    """Return the shards, and what is written after them."""
+    return [*dcp_folder.files(path / SHARDS), *path.glob(step_folder.TRAINER_STATE)]
+
+
+@answers
+def is_complete(path: Path) -> None:
+    """Check the shards, and for the Trainer's last file."""
+    markers.check(path)
+    dcp_folder.check_shards(path / SHARDS)
+    step_folder.check_trainer(path)
+
+
+def weights(path: Path, *, trust_pickle: bool = False) -> Mapping[str, Tensor]:
+    """Return the model's tensors, as `dcp_folder.weights` does."""
+    return dcp_folder.weights(path / SHARDS, trust_pickle=trust_pickle)
