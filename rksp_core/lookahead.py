@@ -23,6 +23,7 @@ from rksp_core.profile import ModelProfile, finite_or_none
 from rksp_core.untouched import random_state_kept
 
 OptimizerName = Literal["adamw", "adam", "sgd"]
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 Loss = Callable[[Any, batches.Batch], Tensor]
 
 
@@ -59,7 +60,7 @@ def look_ahead(
     loss: Loss,
     *,
     learning_rate: float,
-    optimizer: OptimizerName = "adamw",
+    optimizer: OptimizerName | MakeOptimizer = "adamw",
     steps: int = 5,
     seed: int = 0,
     blocks: str | None = None,
@@ -74,7 +75,8 @@ def look_ahead(
     loss
         (model output, batch) -> scalar.
     optimizer
-        ``adamw`` or ``adam`` (torch's defaults), or ``sgd`` with momentum 0.9.
+        ``adamw`` or ``adam`` (torch's defaults), ``sgd`` with momentum 0.9, or a function that makes the run's own
+        for the copy; its groups get ``learning_rate``, times their ``factor`` where they have one (muP).
     seed
         Of dropout and the like; the random state is restored.
     profile
@@ -92,7 +94,12 @@ def look_ahead(
     with random_state_kept(), torch.enable_grad():
         torch.manual_seed(seed)
         moved = copy.deepcopy(uncompiled(model)).train().requires_grad_()
-        stepper = make_optimizer(optimizer, moved, learning_rate)
+        if callable(optimizer):
+            stepper = optimizer(moved)
+            for group in stepper.param_groups:
+                group["lr"] = learning_rate * group.get("factor", 1.0)
+        else:
+            stepper = make_optimizer(optimizer, moved, learning_rate)
         device = next((p.device for p in moved.parameters()), torch.device("cpu"))
         batch = batches.to_device(batch, device)
         last = find_blocks(moved, blocks)[-1].module

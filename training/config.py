@@ -234,6 +234,22 @@ def read_config(path: Path, changes: Iterable[str] = ()) -> Config:
     ConfigError
         When the file cannot be read, a key is unknown or a value is out of its range.
     """
+    document = read_document(path)
+    for change in changes:
+        _set(document, change)
+    document.setdefault("run_id", path.stem)
+    document.setdefault("output", f"runs/{document['run_id']}")
+    return parse_config(document, str(path))
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be read, or gives a key twice.
+    """
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)  # noqa: S506 - it is a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
@@ -245,11 +261,7 @@ def read_config(path: Path, changes: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{path} must hold a mapping of settings, got {type(document).__name__}")
-    for change in changes:
-        _set(document, change)
-    document.setdefault("run_id", path.stem)
-    document.setdefault("output", f"runs/{document['run_id']}")
-    return parse_config(document, str(path))
+    return document
 
 
 def parse_config(document: Mapping[str, Any], source: str) -> Config:

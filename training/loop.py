@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,29 @@ def train(
         with ranks.together():
             run.restore(checkpoint)
         say(f"resumed from step {run.step}")
-    observers = _observers(run, others, say)
-    began, last = time.perf_counter(), config.steps if until is None else min(until, config.steps)
-    if checkpoint is None:
+    seconds = drive(run, _observers(run, others, say), begun=checkpoint is not None, until=until, stop=stop, say=say)
+    result = conclude(run, seconds=seconds)
+    if ranks.first:
+        write_atomic(Path(config.output) / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    return result
+
+
+def drive(
+    run: Run,
+    observers: Sequence[Observer],
+    *,
+    begun: bool = False,
+    until: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    say: Say = lambda _: None,
+) -> float:
+    """Make the steps that are left, observed, and return the seconds that took; arguments as for `train`.
+
+    A run in memory needs no folder: ``drive(build_run(config, ranks), observers)``. ``begun``: the observers have seen
+    the state before the first step already.
+    """
+    began, last = time.perf_counter(), run.config.steps if until is None else min(until, run.config.steps)
+    if not begun:
         for observer in observers:
             observer.after(run, None)
     while run.step < last and not run.diverged and not obey(run, stop=stop(), say=say):
@@ -69,10 +89,7 @@ def train(
     seconds = time.perf_counter() - began
     for observer in observers:  # before the evaluation, for which whoever sent SIGTERM may not wait
         observer.end(run)
-    result = conclude(run, seconds=seconds)
-    if ranks.first:
-        write_atomic(Path(config.output) / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    return result
+    return seconds
 
 
 def obey(run: Run, *, stop: bool, say: Say) -> bool:

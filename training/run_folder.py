@@ -75,7 +75,7 @@ def _refuse_another(config: Config, stored: Path) -> None:
     free = {"output", "print_every", "checkpoint", "control", "metrics"}
     if config.schedule.name == "constant":
         free.add("steps")
-    now, then = (_flat(each.model_dump(mode="json", exclude=free)) for each in (config, began))
+    now, then = (flat(each.model_dump(mode="json", exclude=free)) for each in (config, began))
     changed = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
     if changed:
         key = changed[0]
@@ -92,9 +92,9 @@ def _read(path: Path) -> Config:
         raise ConfigError(f"cannot read {path}, so the run cannot be resumed; change output") from error
 
 
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return {"optimizer.learning_rate": 0.001, ...}."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in section.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found

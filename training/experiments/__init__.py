@@ -1,0 +1,1 @@
+"""Experiments with many runs of the trainer: ``python -m training.experiments.sweep SPEC.yaml``."""
