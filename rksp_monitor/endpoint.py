@@ -28,6 +28,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from rksp_core.errors import ConfigError
+from rksp_monitor.exposition import Exposition
 from rksp_monitor.passwords import Guard
 from rksp_monitor.web_config import OPEN, Rules, WebConfig
 
@@ -82,7 +83,7 @@ def serve(
     """
     host, port = parse_address(listen)
     web = None if web_config is None else WebConfig(web_config, warn)
-    site = _Site(registry, {"/healthz": healthy, "/readyz": ready}, Guard())
+    site = _Site(registry, Exposition(registry), {"/healthz": healthy, "/readyz": ready}, Guard())
     server_class = _Server6 if ":" in host else _Server
     try:
         server = server_class((host, port), site, web)
@@ -213,6 +214,7 @@ class _Site:
     """What is served; ``answer`` is a function of the request alone."""
 
     registry: CollectorRegistry
+    exposition: Exposition
     probes: Mapping[str, Probe]
     guard: Guard
 
@@ -244,10 +246,11 @@ class _Site:
         except (TypeError, ValueError):  # it stumbles over a version that is no number
             encode, content_type = choose_encoder("")
         names = parse_qs(query).get("name[]")
-        body = encode(self.registry.restricted_registry(names) if names else self.registry)
+        some = self.registry.restricted_registry(names) if names else None
+        body = self.exposition.text(encode, content_type) if some is None else encode(some)
         answer = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
         if gzip_accepted(headers.get("Accept-Encoding", "")):
-            # 0.2 ms for 50 runs; the default level takes 4 ms, beside 9 for all the rest, to save a fifth of the bytes.
+            # 0.2 ms for 50 runs; the default level takes 4 ms, more than all the rest, to save a fifth of the bytes.
             return HTTPStatus.OK, answer | {"Content-Encoding": "gzip"}, gzip.compress(body, 1)
         return HTTPStatus.OK, answer, body
 

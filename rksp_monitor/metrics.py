@@ -6,11 +6,12 @@ that was removed end, and nothing is registered globally.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import (
@@ -21,6 +22,7 @@ from prometheus_client.metrics_core import (
     Metric,
 )
 from prometheus_client.registry import Collector as BaseCollector
+from prometheus_client.samples import Sample
 
 from rksp_core.drift import Drift
 from rksp_core.profile import ModelProfile
@@ -28,6 +30,7 @@ from rksp_core.profile import ModelProfile
 Summary = Mapping[str, Mapping[str, float | None]]
 Reader = Callable[[Summary, Drift], float | None]
 
+BUILD_INFO, RUN_INFO, REPLAY = "rksp_build_info", "rksp_run_info", "rksp_replay_duration_seconds"
 REPLAY_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
@@ -60,8 +63,8 @@ def _layer(name: str, text: str, source: str) -> Definition:
 
 
 METRICS: tuple[Definition, ...] = (
-    Definition("rksp_build_info", "info", "Versions of rksp, Python and the platform.", ()),
-    Definition("rksp_run_info", "info", "The run that is watched: its model, probe and mode."),
+    Definition(BUILD_INFO, "info", "Versions of rksp, Python and the platform.", ()),
+    Definition(RUN_INFO, "info", "The run that is watched: its model, probe and mode."),
     _gauge(
         "rksp_near_unit_mass_ratio",
         "Share of eigenvalues with modulus in [0.90, 1.05], mean over layers.",
@@ -147,7 +150,7 @@ METRICS: tuple[Definition, ...] = (
     _counter("rksp_checkpoints_failed_total", "Checkpoints and profile files given up after the last attempt."),
     _counter("rksp_checkpoints_skipped_total", "Checkpoints and profile files left out, for the reason in the log."),
     _counter("rksp_checkpoints_expired_total", "Checkpoints and profile files that vanished before they were read."),
-    Definition("rksp_replay_duration_seconds", "histogram", "Time to replay the probe through one checkpoint."),
+    Definition(REPLAY, "histogram", "Time to replay the probe through one checkpoint."),
     _counter("rksp_replay_worker_restarts_total", "Replay workers started again after a crash or a time limit."),
     _counter("rksp_notifications_sent_total", "Events of the run that a webhook or a hook accepted."),
     _counter("rksp_notifications_failed_total", "Events of the run that a webhook or a hook did not accept."),
@@ -158,39 +161,49 @@ METRICS: tuple[Definition, ...] = (
 )
 
 _BY_NAME = {definition.name: definition for definition in METRICS}
+_FAMILIES: Mapping[str, Callable[..., Metric]] = {
+    "info": InfoMetricFamily,
+    "gauge": GaugeMetricFamily,
+    "counter": CounterMetricFamily,
+    "histogram": HistogramMetricFamily,
+}
 
 
 @dataclass
 class _Run:
-    """The values of one run; a gauge that is not known yet has no entry."""
+    """The series of one run, by the name of their definition; a gauge that is not known yet has none.
 
-    info: Mapping[str, str]
-    gauges: dict[str, float] = field(default_factory=dict)
-    counters: dict[str, int] = field(default_factory=dict)
-    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    Samples are made when a value changes, not when somebody asks: a scrape of fifty runs only strings them together.
+    """
+
+    counters: dict[str, int]
     buckets: list[int] = field(default_factory=lambda: [0] * (len(REPLAY_BUCKETS) + 1))
     seconds: float = 0.0
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
 
 
 class Board:
     """The current values of every run, written by the daemon and read at each scrape."""
 
     def __init__(self, build: Mapping[str, str], *, per_layer: bool = False) -> None:
-        self.build = dict(build)
+        self._build = _info_samples(BUILD_INFO, [], build)
         self._per_layer = per_layer
         self._runs: dict[str, _Run] = {}
         self._lock = threading.Lock()
 
     def add_run(self, run: str, info: Mapping[str, str]) -> None:
         """Start the series of a run, with every counter at 0."""
-        counters = {definition.name: 0 for definition in METRICS if definition.kind == "counter"}
+        entry = _Run({definition.name: 0 for definition in METRICS if definition.kind == "counter"})
+        entry.samples = {name: _counter_samples(run, name, 0) for name in entry.counters}
+        entry.samples[REPLAY] = _histogram_samples(run, entry)
+        entry.samples[RUN_INFO] = _info_samples(RUN_INFO, [run], info)
         with self._lock:
-            self._runs[run] = _Run(dict(info), counters=counters)
+            self._runs[run] = entry
 
     def describe_run(self, run: str, info: Mapping[str, str]) -> None:
         """Replace what the info metric of a run says."""
         with self._lock:
-            self._runs[run].info = dict(info)
+            self._runs[run].samples[RUN_INFO] = _info_samples(RUN_INFO, [run], info)
 
     def remove_run(self, run: str) -> None:
         """End the series of a run."""
@@ -202,16 +215,18 @@ class Board:
         if _BY_NAME[name].kind != "gauge":
             raise KeyError(name)
         with self._lock:
-            gauges = self._runs[run].gauges
+            samples = self._runs[run].samples
             if value is None:
-                gauges.pop(name, None)
-            else:
-                gauges[name] = value
+                samples.pop(name, None)
+            elif name not in samples or samples[name][0].value != value:  # `Exposition` need not look at it again
+                samples[name] = _gauge_samples(name, {(run,): value})
 
     def count(self, run: str, name: str, amount: int = 1) -> None:
         """Add to a counter."""
         with self._lock:
-            self._runs[run].counters[name] += amount
+            entry = self._runs[run]
+            entry.counters[name] += amount
+            entry.samples[name] = _counter_samples(run, name, entry.counters[name])
 
     def observe_replay(self, run: str, seconds: float) -> None:
         """Add one duration to the histogram."""
@@ -219,6 +234,7 @@ class Board:
             entry = self._runs[run]
             entry.buckets[bisect_left(REPLAY_BUCKETS, seconds)] += 1
             entry.seconds += seconds
+            entry.samples[REPLAY] = _histogram_samples(run, entry)
 
     def show(self, run: str, profile: ModelProfile, drift: Drift) -> None:
         """Set every gauge that a judged event sets; what it does not know has no series."""
@@ -229,16 +245,19 @@ class Board:
         if not self._per_layer:
             return
         layers = {
-            definition.name: {
-                layer.layer: value
-                for layer in profile.layers
-                if (value := getattr(layer, definition.layer)) is not None
-            }
+            definition.name: _gauge_samples(
+                definition.name,
+                {
+                    (run, layer.layer): value
+                    for layer in profile.layers
+                    if (value := getattr(layer, definition.layer)) is not None
+                },
+            )
             for definition in METRICS
             if definition.layer is not None
         }
         with self._lock:
-            self._runs[run].layers = layers
+            self._runs[run].samples |= layers
 
     def families(self) -> list[Metric]:
         """Return the metric families, in the order of the table."""
@@ -246,33 +265,42 @@ class Board:
             return [self._family(definition) for definition in METRICS if definition.layer is None or self._per_layer]
 
     def _family(self, definition: Definition) -> Metric:
-        name, text, labels = definition.name, definition.help, list(definition.labels)
-        if definition.kind == "info":
-            info = InfoMetricFamily(name.removesuffix("_info"), text, labels=labels)
-            if definition.labels:
-                for run, entry in self._runs.items():
-                    info.add_metric([run], dict(entry.info))
-            else:
-                info.add_metric([], self.build)
-            return info
-        if definition.kind == "counter":
-            counter = CounterMetricFamily(name, text, labels=labels)
-            for run, entry in self._runs.items():
-                counter.add_metric([run], entry.counters[name])
-            return counter
-        if definition.kind == "histogram":
-            histogram = HistogramMetricFamily(name, text, labels=labels)
-            for run, entry in self._runs.items():
-                histogram.add_metric([run], _cumulative(entry.buckets), entry.seconds)
-            return histogram
-        gauge = GaugeMetricFamily(name, text, labels=labels)
-        for run, entry in self._runs.items():
-            if definition.layer is not None:
-                for layer, value in entry.layers.get(name, {}).items():
-                    gauge.add_metric([run, layer], value)
-            elif name in entry.gauges:
-                gauge.add_metric([run], entry.gauges[name])
-        return gauge
+        family = _empty(definition)
+        series = (entry.samples.get(definition.name, ()) for entry in self._runs.values())
+        family.samples = list(itertools.chain.from_iterable(series)) if definition.labels else self._build
+        return family
+
+
+def _empty(definition: Definition) -> Metric:
+    """Return the family of a definition, without samples."""
+    # The library gives the metric of an info the suffix, and wants the name without it.
+    name = definition.name.removesuffix("_info") if definition.kind == "info" else definition.name
+    return _FAMILIES[definition.kind](name, definition.help, labels=definition.labels)
+
+
+def _gauge_samples(name: str, values: Mapping[tuple[str, ...], float]) -> list[Sample]:
+    gauge = cast("GaugeMetricFamily", _empty(_BY_NAME[name]))
+    for labels, value in values.items():
+        gauge.add_metric(labels, value)
+    return gauge.samples
+
+
+def _counter_samples(run: str, name: str, value: int) -> list[Sample]:
+    counter = cast("CounterMetricFamily", _empty(_BY_NAME[name]))
+    counter.add_metric([run], value)
+    return counter.samples
+
+
+def _info_samples(name: str, labels: Sequence[str], info: Mapping[str, str]) -> list[Sample]:
+    about = cast("InfoMetricFamily", _empty(_BY_NAME[name]))
+    about.add_metric(labels, dict(info))
+    return about.samples
+
+
+def _histogram_samples(run: str, entry: _Run) -> list[Sample]:
+    histogram = cast("HistogramMetricFamily", _empty(_BY_NAME[REPLAY]))
+    histogram.add_metric([run], _cumulative(entry.buckets), entry.seconds)
+    return histogram.samples
 
 
 class Collector(BaseCollector):
