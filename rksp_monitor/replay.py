@@ -1,19 +1,21 @@
 """Replay in worker processes, one a device: what a checkpoint does to torch, memory or time ends there, not here.
 
-`ReplayPool` belongs to the session; each run's thread calls a `Replayer` of its own. Runs take turns at a device, first
-come first served, and a run has one request at a time, so none starves.
+`ReplayPool` belongs to the session; each run's thread calls a `Replayer` of its own. A run has one request at a time,
+and of those that wait for a device the run whose last turn is longest ago is next. First come first served would not
+do: a run that takes longer between two turns (it looks at its folder, writes its ledger) would fall behind, round by
+round.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from rksp_core.errors import CheckpointError, RkspError
 from rksp_core.profile import ModelProfile
 from rksp_monitor.config import Workers
 from rksp_monitor.subject import SubjectSettings
-from rksp_monitor.worker_process import GIB, POLL_SECONDS, WorkerEnded, WorkerProcess
+from rksp_monitor.worker_process import GIB, WorkerEnded, WorkerProcess
 
 CLOSING_SECONDS = 2.0  # that `ReplayPool.close` waits for a thread to notice; then its worker is ended under it
+WAIT_SECONDS = 0.25  # between two signs of life of a run that waits for its turn
 STARTS = 2  # attempts to start a worker: one that is killed while it starts is no reason to suspend a run
 
 Report = Callable[[str, Mapping[str, Any]], None]
@@ -76,18 +79,17 @@ class ReplayPool:
         self._devices = None if devices is None else tuple(devices)
         self._stop, self._closed = stop or threading.Event(), threading.Event()
         self._places: dict[tuple[str, bool], _Place] = {}
-        self._runs: set[str] = set()
+        self._turns: dict[str, Turns] = {}
         self._lock = threading.Lock()
 
     def replayer(self, run: str, settings: SubjectSettings, *, timeout: float) -> Replayer:
         """Return what the run called ``run`` replays its checkpoints with, each within ``timeout`` seconds."""
-        self._runs.add(run)
-        return Replayer(self, run, settings, timeout)
+        return Replayer(self, run, settings, timeout, self._turns.setdefault(run, Turns()))
 
     @property
     def shared(self) -> bool:
         """Whether several runs replay their checkpoints here."""
-        return len(self._runs) > 1
+        return len(self._turns) > 1
 
     @property
     def stopping(self) -> bool:
@@ -104,19 +106,19 @@ class ReplayPool:
         """End all workers, whatever they are doing."""
         self._closed.set()
         for place in list(self._places.values()):
-            with contextlib.suppress(TimeoutError), place.turn(place.join(), _until(CLOSING_SECONDS)):
+            with contextlib.suppress(TimeoutError), place.turn(place.join(Turns()), _until(CLOSING_SECONDS)):
                 place.end()
             place.kill()  # a thread that hangs in its own tick did not hand it back
 
-    def join(self, device: str, last: _Place | None, *, aside: bool = False) -> tuple[_Place, object]:
+    def join(self, device: str, turns: Turns, last: _Place | None, *, aside: bool = False) -> tuple[_Place, _Ticket]:
         """Queue up where a run of that device belongs: the shortest queue, and of equal ones the one it used last.
 
-        ``aside`` is a queue of its own with a worker of its own, on the same device.
+        ``turns`` are the run's; ``aside`` is a queue of its own with a worker of its own, on the same device.
         """
         with self._lock:
             places = [self._place(name, aside=aside) for name in self._candidates(device)]
             place = min(places, key=lambda one: (one.waiting, one is not last))
-            return place, place.join()
+            return place, place.join(turns)
 
     def _place(self, device: str, *, aside: bool) -> _Place:
         return self._places.setdefault((device, aside), _Place(device, aside=aside))
@@ -143,9 +145,9 @@ class Replayer:
         Whether the last replay ended its worker: the next one gets a worker of its own, and nobody waits for it.
     """
 
-    def __init__(self, pool: ReplayPool, run: str, settings: SubjectSettings, timeout: float) -> None:
+    def __init__(self, pool: ReplayPool, run: str, settings: SubjectSettings, timeout: float, turns: Turns) -> None:
         self.restarts = 0
-        self._pool, self._run, self._settings, self._timeout = pool, run, settings, timeout
+        self._pool, self._run, self._settings, self._timeout, self._turns = pool, run, settings, timeout, turns
         self._last: _Place | None = None
         self.aside = False
 
@@ -173,7 +175,7 @@ class Replayer:
             When the daemon stops.
         """
         # What hung or killed its worker is tried again in another one, where nobody has to wait for it.
-        place, ticket = self._pool.join(self._settings.device, self._last, aside=self.aside)
+        place, ticket = self._pool.join(self._settings.device, self._turns, self._last, aside=self.aside)
         self._last = place
 
         def sign_of_life() -> None:
@@ -257,41 +259,78 @@ class Replayer:
         self._pool.report(what, {"device": place.device, "pid": pid, "run": self._run, **about})
 
 
+@dataclass
+class Turns:
+    """When a run was given its last turn, for as long as the process lives; whoever never had one comes first."""
+
+    last: float = -math.inf
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """One request. ``here`` says that its thread waits, and would take its turn now: it may hang in its own tick."""
+
+    turns: Turns
+    called: threading.Event = field(default_factory=threading.Event)
+    here: bool = False
+
+
 class _Place:
     """One device: its worker process, if it has one, and the requests that wait for it."""
 
     def __init__(self, device: str, *, aside: bool = False) -> None:
         self.device, self.aside = device, aside
         self.worker: WorkerProcess | None = None
-        self._queue: deque[object] = deque()
-        self._changed = threading.Condition()
+        self._tickets: list[_Ticket] = []  # in the order of arrival
+        self._served: _Ticket | None = None
+        self._lock = threading.Lock()
 
     @property
     def waiting(self) -> int:
-        return len(self._queue)
+        """The requests that wait, and the one that is served."""
+        return len(self._tickets)
 
-    def join(self) -> object:
+    def join(self, turns: Turns) -> _Ticket:
         """Queue up; `turn` must follow."""
-        ticket = object()
-        with self._changed:
-            self._queue.append(ticket)
+        ticket = _Ticket(turns)
+        with self._lock:
+            self._tickets.append(ticket)
         return ticket
 
     @contextlib.contextmanager
-    def turn(self, ticket: object, tick: Callable[[], None]) -> Iterator[None]:
+    def turn(self, ticket: _Ticket, tick: Callable[[], None]) -> Iterator[None]:
         """Wait for one's turn, and have it for the length of the block; what ``tick`` raises ends the wait."""
         try:
-            while not self._first(ticket):
+            while not self._is_called(ticket):
                 tick()
             yield
         finally:
-            with self._changed:
-                self._queue.remove(ticket)
-                self._changed.notify_all()
+            with self._lock:
+                self._tickets.remove(ticket)
+                if self._served is ticket:
+                    self._served = None
+                self._call()
 
-    def _first(self, ticket: object) -> bool:
-        with self._changed:
-            return self._changed.wait_for(lambda: self._queue[0] is ticket, POLL_SECONDS)
+    def _is_called(self, ticket: _Ticket) -> bool:
+        """Whether it is the ticket's turn, now or soon."""
+        with self._lock:
+            ticket.here = True
+            self._call()
+        ticket.called.wait(WAIT_SECONDS)
+        with self._lock:
+            ticket.here = False
+            return self._served is ticket
+
+    def _call(self) -> None:
+        """Give a free device to the run whose last turn is longest ago, of those whose threads are there to take it.
+
+        Only that thread wakes up: fifty that look whether it is their turn would be in the way of everybody else.
+        """
+        here = [ticket for ticket in self._tickets if ticket.here]
+        if self._served is None and here:
+            self._served = min(here, key=lambda ticket: ticket.turns.last)
+            self._served.turns.last = time.monotonic()
+            self._served.called.set()
 
     def end(self) -> None:
         """End the worker process; only whose turn it is may call this."""

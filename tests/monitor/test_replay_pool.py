@@ -10,12 +10,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rksp_core.errors import CheckpointError
 from rksp_monitor.config import Workers
-from rksp_monitor.replay import Abandoned, ReplayPool
+from rksp_monitor.replay import Abandoned, ReplayPool, Turns
 from rksp_monitor.subject import SubjectSettings
 from tests.monitor import tiny_model
+from tests.waiting import until
 
 QUICK = Workers(niceness=1)  # other tests on the same machine need not come first
 SMALL = {"samples": 256, "sequences": 8, "length": 32, "device": "cpu"}
@@ -25,24 +28,69 @@ def _nothing() -> None:
     pass
 
 
-def test_turns_are_taken_in_the_order_of_the_requests():
-    pool = ReplayPool()
-    tickets = [pool.join("cpu", None) for _ in range(6)]
-    order: list[int] = []
+class Asking:
+    """Runs that ask for a turn, each in a thread of its own, while one of them holds the device."""
 
-    def run(number: int) -> None:
-        place, ticket = tickets[number]
+    def __init__(self, pool: ReplayPool) -> None:
+        self._pool, self._turns, self.order = pool, dict[str, Turns](), list[str]()
+
+    def ask(self, *runs: str) -> None:
+        """Let them all wait, one after the other, before the first of them can have its turn."""
+        place, first = self._pool.join("cpu", Turns(), None)
+        with ThreadPoolExecutor(len(runs)) as threads, place.turn(first, _nothing):
+            for number, run in enumerate(runs, start=2):
+                threads.submit(self._take, run)
+                until(lambda number=number: sum(ticket.here for ticket in place._tickets) == number - 1)
+
+    def _take(self, run: str) -> None:
+        place, ticket = self._pool.join("cpu", self._turns.setdefault(run, Turns()), None)
         with place.turn(ticket, _nothing):
-            order.append(number)
+            self.order.append(run)
 
-    with ThreadPoolExecutor(6) as threads:
-        list(threads.map(run, reversed(range(6))))
-    assert order == list(range(6))
+
+def test_whoever_never_had_a_turn_comes_first_and_equals_in_the_order_of_their_requests():
+    runs = Asking(ReplayPool())
+    runs.ask("a", "b", "c")
+    runs.ask("a", "b", "c", "d", "e")
+    assert runs.order == [*"abc", *"de", *"abc"]
+
+
+@given(st.lists(st.permutations("abcd"), min_size=1, max_size=3))
+@settings(max_examples=5, deadline=None)
+def test_nobody_has_a_second_turn_while_another_waits_for_the_first(rounds: list[list[str]]):
+    """Whatever the order in which they come back: who takes longer between two turns falls behind by none."""
+    runs = Asking(ReplayPool())
+    for number, each in enumerate(rounds, start=1):
+        runs.ask(*each)
+        assert runs.order == list(rounds[0]) * number
+
+
+def test_one_that_hangs_while_it_waits_is_passed_over():
+    pool = ReplayPool()
+    (place, hanging), (_, other) = (pool.join("cpu", Turns(), None) for _ in range(2))
+    hangs, release = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hangs.set()
+        release.wait()
+
+    def wait_for_a_turn() -> None:
+        with place.turn(hanging, hang):
+            pass
+
+    holder = place.join(Turns())
+    with ThreadPoolExecutor(1) as threads:
+        with place.turn(holder, _nothing):
+            waiting = threads.submit(wait_for_a_turn)
+            hangs.wait()
+        with place.turn(other, pytest.fail):
+            assert not waiting.done()
+        release.set()
 
 
 def test_one_who_gives_up_waiting_holds_up_nobody():
     pool = ReplayPool()
-    (place, first), (_, second), (_, third) = (pool.join("cpu", None) for _ in range(3))
+    (place, first), (_, second), (_, third) = (pool.join("cpu", Turns(), None) for _ in range(3))
 
     def give_up() -> None:
         raise Abandoned
@@ -55,18 +103,18 @@ def test_one_who_gives_up_waiting_holds_up_nobody():
 
 def test_runs_of_auto_are_spread_over_the_devices_and_stay_where_their_model_is():
     pool = ReplayPool(devices=("cuda:0", "cuda:1"))
-    tickets = [pool.join("auto", None) for _ in range(4)]
+    tickets = [pool.join("auto", Turns(), None) for _ in range(4)]
     assert [place.device for place, _ in tickets] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
     for place, ticket in tickets:
         with place.turn(ticket, _nothing):
             pass
     for place, _ in tickets:
-        same, ticket = pool.join("auto", place)
+        same, ticket = pool.join("auto", Turns(), place)
         assert same is place
         with place.turn(ticket, _nothing):
             pass
-    assert pool.join("cuda", None)[0].device == "cuda:0"
-    assert pool.join("cpu", None)[0].device == "cpu"
+    assert pool.join("cuda", Turns(), None)[0].device == "cuda:0"
+    assert pool.join("cpu", Turns(), None)[0].device == "cpu"
 
 
 def test_a_trainers_code_is_not_mistaken_for_that_of_another_run(tmp_path: Path):
