@@ -63,6 +63,7 @@ _MIGRATIONS = {
     ),
 }
 _COLUMNS = "id, kind, step, fingerprint, path, format, status, attempts, error, first_seen"
+CACHE_KIB = 256  # of pages, kept per ledger; SQLite's own 2 MiB would be 100 in a process of fifty runs
 _PENDING = ""  # the fingerprint of something that is not complete: it changes with every write
 
 
@@ -352,7 +353,7 @@ class Ledger:
         ``undone`` says that the trainer went back to before the event's step: what was judged at that step and later is
         set aside.
         """
-        packed = {name: pack(document) for name, document in dataclasses.asdict(outcome).items()}
+        packed = {field.name: pack(getattr(outcome, field.name)) for field in dataclasses.fields(outcome)}
         with self._transaction():
             if undone:
                 self._database.execute(
@@ -465,6 +466,7 @@ def open_ledger(path: Path, run: str, *, clock: Callable[[], float] = time.time)
             if version > _VERSION:
                 raise ConfigError(f"{path} has version {version}, this rksp writes {_VERSION}; use another --state-dir")
             database.execute("PRAGMA journal_mode = WAL")
+            database.execute(f"PRAGMA cache_size = {-CACHE_KIB}")
             ledger = Ledger(database, run, clock)
             ledger.check_there(path)
         except sqlite3.Error as error:

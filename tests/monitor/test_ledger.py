@@ -57,6 +57,12 @@ def test_an_event_goes_from_seen_to_done(ledger: Ledger):
     assert not ledger.record(sighting(1, "final"))
 
 
+def test_the_pages_that_are_kept_in_memory_are_bounded(ledger: Ledger):
+    """Of fifty runs in one process: SQLite's own bound is 2 MiB each, and is reached within 500 events."""
+    (size,) = ledger._database.execute("PRAGMA cache_size").fetchone()
+    assert -256 <= size < 0, "in KiB, when it is negative"
+
+
 def test_the_lowest_step_comes_first_and_a_profile_before_a_checkpoint(ledger: Ledger):
     for step, kind in ((1000, "profile"), (20, "checkpoint"), (20, "profile"), (999, "checkpoint")):
         ledger.record(sighting(step, kind=kind))
