@@ -23,6 +23,7 @@ from pathlib import Path
 
 from rksp_core.profile_writer import FOLDER as PROFILES
 from rksp_monitor.checkpoints.names import is_candidate, shown, step_in
+from rksp_monitor.desk import Desk
 from rksp_monitor.file_events import FileEvents
 from rksp_monitor.filesystem import filesystem_of
 from rksp_monitor.listing import names_in
@@ -94,6 +95,15 @@ class Scanner:
             self._sightings = sorted(found, key=attrgetter("step", "kind", "path"))
         return self._sightings
 
+    def finds_any(self) -> bool:
+        """Whether there is anything in the folder; looks no further than to the first. Raises what `scan` raises."""
+        here = names_in(self.folder)
+        for folder in (self.folder, *self._inner(here)):
+            room = _Room(_place(folder, self.folder), self._settle)
+            if any(room.scan({}, looks=0)):
+                return True
+        return False
+
     @property
     def unreadable(self) -> list[str]:
         """What the last scan could not look into, a sentence each: to be said once."""
@@ -131,6 +141,7 @@ def watch(
     interval: float,
     events: FileEvents | None = None,
     tick: Callable[[], None] = lambda: None,
+    desk: Desk | None = None,
 ) -> Iterator[list[Sighting]]:
     """Yield one scan after another until ``stop`` is set.
 
@@ -146,6 +157,8 @@ def watch(
         The file events of the process, to scan as soon as something may be new; None only polls.
     tick
         Called every few seconds: a sign of life for the supervisor, however long the interval is.
+    desk
+        Where a seat is taken for each scan.
 
     Raises
     ------
@@ -157,7 +170,8 @@ def watch(
         least = 0.0
         while not stop.is_set():
             wake.clear()
-            sightings, scanned = scanner.scan(tick), time.monotonic()
+            with desk or contextlib.nullcontext():
+                sightings, scanned = scanner.scan(tick), time.monotonic()
             if listener is not None and listener.follow(scanner.folders):
                 wake.set()  # what appeared there before we listened sent no event
             yield sightings

@@ -175,8 +175,9 @@ class RunThread:
                 raise ConfigError(f"there is no run folder {self.folder}")
             if not self._task.once and not self._await_folder():
                 return Watched(0, 0, "stopped")
-        run = describe_run(self.folder, self.settings, self._state_dir)
-        self._begin_series(run)
+        with self._around.desk:
+            run = describe_run(self.folder, self.settings, self._state_dir)
+            self._begin_series(run)
         with open_ledger(run.ledger, run.name, clock=self._around.clock) as ledger:
             if self.new_baseline:
                 # The subject too: what was skipped for being unlike the old baseline is judged against the new one.
@@ -246,9 +247,10 @@ class RunThread:
             self._tick()
             self._ending.wake.clear()
             told = self.settings.run_id is not None and self.settings.model is not None
-            known = told or (self.folder / CONFIG).is_file() or scanner.scan()
-            if known and self.folder.is_dir():
-                return True
+            with self._around.desk:
+                known = told or (self.folder / CONFIG).is_file() or scanner.finds_any()
+                if known and self.folder.is_dir():
+                    return True
             if not said:
                 what = "there is nothing in it yet" if self.folder.is_dir() else "it is not there yet"
                 self._around.log.info("waiting for the run folder", folder=str(self.folder), problem=what)

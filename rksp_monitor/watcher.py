@@ -36,6 +36,7 @@ from rksp_core.profile import ModelProfile
 from rksp_core.reference import Reference
 from rksp_monitor.checkpoints import Kind, profile_file
 from rksp_monitor.config import Every, RunSettings
+from rksp_monitor.desk import Desk
 from rksp_monitor.discovery import FileEvents, Scanner, Sighting, watch
 from rksp_monitor.hold import hold_file, read_hold
 from rksp_monitor.judge import Judge
@@ -74,6 +75,7 @@ class Surroundings:
     file_events: FileEvents | None = None
     poll_interval: float = 2.0
     clock: Callable[[], float] = time.time
+    desk: Desk = field(default_factory=Desk)
 
 
 @dataclass
@@ -192,15 +194,18 @@ class RunWatcher:
             interval=self._around.poll_interval,
             events=self._around.file_events,
             tick=self._ending.tick,
+            desk=self._around.desk,
         )
         for sightings in scans:
             self._ending.tick()
-            self._ledger.check_there(self.run.ledger)
-            self._note(sightings)
-            self._obey()
+            with self._around.desk:
+                self._ledger.check_there(self.run.ledger)
+                self._note(sightings)
+                self._obey()
             self._work()
-            self._deliver()
-            self._export_control()
+            with self._around.desk:
+                self._deliver()
+                self._export_control()
             if until_step is not None and self._furthest >= until_step:
                 return Watched(self.judged, self.worst, "until_step")
             waiting = any(sighting.settling for sighting in sightings) or self._ledger.backlog()
@@ -221,7 +226,8 @@ class RunWatcher:
 
     def _note(self, sightings: list[Sighting]) -> None:
         """Bring the ledger up to date with a scan, whose list is the last one's when nothing changed."""
-        if sightings is not self._noted:
+        changed = sightings is not self._noted
+        if changed:
             self._noted, self._present = sightings, {sighting.path for sighting in sightings}
             settling = [sighting.step for sighting in sightings if sighting.settling and sighting.kind == "checkpoint"]
             self._settling = min(settling, default=math.inf)
@@ -232,7 +238,8 @@ class RunWatcher:
         for sentence in self._scanner.unreadable:
             if self._is_news(f"unreadable {sentence}", sentence):
                 self._log.warning("not looked into", problem=sentence)
-        for event in self._ledger.events("seen", "ready"):
+        # What is ready and was there at the last scan still is when nothing changed.
+        for event in self._ledger.events(*(("seen", "ready") if changed else ("seen",))):
             if event.path not in self._present and not event.path.exists():
                 self._close(event, "expired", "it vanished before it was read")
             elif event.path in self._refused:
@@ -268,8 +275,9 @@ class RunWatcher:
         """Judge the profiles that are ready, lowest step first: early warning does not wait for a replay."""
         while (event := self._next("profile")) is not None:
             self._ending.tick()
-            self._process(event)
-            self._export_backlog()
+            with self._around.desk:
+                self._process(event)
+                self._export_backlog()
 
     def _next(self, kind: Kind) -> Event | None:
         return None if self._ending.stop.is_set() else self._ledger.next_ready(kind)
@@ -298,13 +306,15 @@ class RunWatcher:
         if self._ending.stop.is_set():
             raise Abandoned
         if time.monotonic() - self._last_scan > self._around.poll_interval:
-            with contextlib.suppress(OSError):  # a folder that cannot be listed now is no fault of this checkpoint
-                self._note(self._scanner.scan(self._ending.tick))
-            self._last_scan = time.monotonic()
-            self._obey()
+            with self._around.desk:
+                with contextlib.suppress(OSError):  # a folder that cannot be listed now is no fault of this checkpoint
+                    self._note(self._scanner.scan(self._ending.tick))
+                self._last_scan = time.monotonic()
+                self._obey()
             self._judge_profiles()
-            self._deliver()
-            self._export_control()
+            with self._around.desk:
+                self._deliver()
+                self._export_control()
 
     def _export_backlog(self) -> None:
         self._set("rksp_checkpoint_backlog", self._ledger.backlog())
@@ -319,7 +329,9 @@ class RunWatcher:
         before, event = event, dataclasses.replace(event, attempts=event.attempts + 1)
         self._ledger.claim(before)
         try:
-            self._finish(event, self._profile(event))
+            profile = self._profile(event)
+            with self._around.desk:
+                self._finish(event, profile)
         except Abandoned:
             self._ledger.release(before)
         except ExpiredCheckpoint as error:

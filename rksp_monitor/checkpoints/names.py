@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import TypeGuard
@@ -22,9 +23,11 @@ _STEP = re.compile(
 _LAST_NUMBER = re.compile(r"(?:^|[-_=])(\d+)$")
 _NO_TEXT = re.compile("[\ud800-\udfff]")  # what Python makes of the bytes of a name that is no UTF-8
 _LONGEST_SHOWN = 200
+_REMEMBERED = 2**14  # names: those of a folder are asked about again for each new one in it
 _LARGEST_STEP = 10**12  # a timestamp in a name (20261122030900) is no step: after it, every step would be late
 
 
+@functools.lru_cache(_REMEMBERED)
 def is_candidate(name: str) -> bool:
     """Whether a file or folder of this name may hold model weights: text, not temporary, and no other state."""
     return not any(pattern.search(name) for pattern in (_NO_TEXT, _TEMPORARY, _OTHER_STATE, _SHARD))
@@ -41,6 +44,7 @@ def shown(text: str) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
+@functools.lru_cache(_REMEMBERED)
 def step_in(name: str, *, bare_number: bool = True) -> int | None:
     """Return the step that a name carries: ``step-00000100``, ``checkpoint_100.pt``, ``epoch=3-step=100.ckpt``.
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from rksp_monitor import discovery
+from rksp_core import ProfileWriter
+from rksp_monitor import discovery, sighting
 from rksp_monitor.checkpoints import FORMATS
 from rksp_monitor.discovery import FileEvents, Scanner, Sighting, watch
 from tests.core.profiles import profile
@@ -25,6 +26,26 @@ def steps(sightings: list[Sighting], **wanted: bool) -> list[int]:
 
 def test_a_folder_that_is_not_there_holds_nothing(tmp_path: Path):
     assert Scanner(tmp_path / "later").scan() == []
+
+
+def test_whether_there_is_anything_is_known_from_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    looks: list[str] = []
+
+    def look(path: Path, *about: object) -> Sighting | None:
+        looks.append(path.name)
+        return sighting.look(path, *about)
+
+    monkeypatch.setattr(discovery, "look", look)
+    scanner = Scanner(tmp_path)
+    assert not scanner.finds_any()
+    (tmp_path / "notes-1.txt").write_text("no checkpoint")
+    assert not scanner.finds_any()
+    for step in range(20):
+        ProfileWriter(tmp_path, every=1).write(profile(), step)
+    looks.clear()
+    assert scanner.finds_any()
+    assert len(looks) <= 2
+    assert len(scanner.scan()) == 20
 
 
 def test_steps_come_in_the_order_of_numbers(tmp_path: Path):
