@@ -77,9 +77,10 @@ def _train(config: Config, *, resume: bool, until: int | None) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):  # the second one is what Slurm sends before the time is over
         signal.signal(number, lambda *_: stopping.set())
     signal.signal(signal.SIGINT, lambda *_: _interrupt(stopping))
-    ranks = join(config.device)
+    ranks, failed = join(config.device), True
     try:
         result = train(config, ranks, resume=resume, until=until, stop=stopping.is_set, say=_say)
+        failed = False
     except Elsewhere as error:
         return error.exit_code
     except OSError as error:
@@ -89,7 +90,7 @@ def _train(config: Config, *, resume: bool, until: int | None) -> int:
             f"cannot write to {config.output} ({error.strerror}); free some space or change output"
         ) from error
     finally:
-        leave(ranks)
+        leave(ranks, failed=failed)
     if ranks.first:
         _say(_summary(config, result))
     return DIVERGED if result["status"] == "diverged" else 0

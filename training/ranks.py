@@ -146,7 +146,14 @@ def join(device: str) -> Ranks:
     return Ranks(distributed.get_rank(), size, chosen)
 
 
-def leave(ranks: Ranks) -> None:
-    """Leave the group of processes."""
-    if ranks.size > 1:
-        distributed.destroy_process_group()
+def leave(ranks: Ranks, *, failed: bool = False) -> None:
+    """Leave the group of processes, all together; or, where something ``failed``, without waiting for the others.
+
+    Gloo's threads outlive the group, and let go of the tensors of the last operation when they get to it: while the
+    interpreter ends, that aborts the process. After a barrier, which has no tensors, nothing is left to let go of.
+    """
+    if ranks.size == 1:
+        return
+    if not failed:
+        distributed.barrier(device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None)
+    distributed.destroy_process_group()

@@ -6,6 +6,7 @@ Rank 0 plays the monitor too: it writes an order between two micro-batches of a 
 import hashlib
 import json
 import sys
+import time
 from pathlib import Path
 
 from rksp_core.control import ControlWriter
@@ -46,8 +47,11 @@ def main(path: Path, notes: Path) -> None:
         "variant": run.regularizer.settings.variant,
         "parameters": digest.hexdigest(),
     }
+    if ranks.first:
+        time.sleep(0.2)  # the others are done by now, and must not leave before this one
     (notes / f"rank-{ranks.rank}.json").write_text(json.dumps(note))
     leave(ranks)
+    assert len(list(notes.glob("rank-*.json"))) == ranks.size
 
 
 if __name__ == "__main__":
