@@ -11,6 +11,7 @@ run's level is the highest of them. Time enters as a value, so a decision can be
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -327,7 +328,8 @@ _SHARED = ""
 class PolicyState:
     """What the policy remembers: the level, that of each series, and the order that was given last.
 
-    ``held`` says that a hold was in force when the state was made.
+    ``ordered_at`` is when it was given and ``ordered_until`` when its time is over, None for never, in seconds since
+    the epoch. ``held`` says that a hold was in force when the state was made.
     """
 
     level: int = 0
@@ -336,6 +338,7 @@ class PolicyState:
     ordered_level: int = 0
     ordered_step: int | None = None
     ordered_at: float | None = None
+    ordered_until: float | None = None
     held: bool = False
 
     @property
@@ -528,22 +531,33 @@ def _order(state: PolicyState, policy: Policy, hold: Hold | None, at: float) -> 
     in_force = _in_force(hold, at)
     after = dataclasses.replace(state, held=in_force is not None)
     wanted = policy.levers(state.level) if in_force is None else in_force.levers
-    # A person's word waits for no cool-down, nor does the policy at the end of it.
-    if wanted is None or not _is_due(state, wanted, policy, at, at_once=state.held or after.held):
+    if wanted is None:
         return after, None
-    step = state.step or 0
+    ends = [
+        math.inf if policy.expires_in is None else at + policy.expires_in,
+        math.inf if in_force is None or in_force.until is None else in_force.until,
+    ]
+    # A person's word waits for no cool-down, nor does the policy at the end of it.
+    if not _is_due(state, wanted, policy, at, min(ends), at_once=state.held or after.held):
+        return after, None
     return dataclasses.replace(
-        after, ordered=wanted, ordered_level=state.level, ordered_step=step, ordered_at=at
+        after,
+        ordered=wanted,
+        ordered_level=state.level,
+        ordered_step=state.step or 0,
+        ordered_at=at,
+        ordered_until=None if math.isinf(min(ends)) else min(ends),
     ), wanted
 
 
-def _is_due(state: PolicyState, wanted: Levers, policy: Policy, at: float, *, at_once: bool) -> bool:
-    renew = (
-        not wanted.idle
-        and policy.expires_in is not None
-        and state.ordered_at is not None
-        and at - state.ordered_at > policy.expires_in / 2
-    )
+def _is_due(state: PolicyState, wanted: Levers, policy: Policy, at: float, end: float, *, at_once: bool) -> bool:
+    """Whether to order this, until ``end``, which may be infinity.
+
+    What is ordered already is renewed where half as long is left as a new order would have; or twice as long, since
+    the policy's ``expires_in`` is another one by now.
+    """
+    life, left = end - at, (math.inf if state.ordered_until is None else state.ordered_until) - at
+    renew = not wanted.idle and state.ordered_at is not None and not life / 2 <= left <= 2 * life
     if wanted == state.ordered and not renew:
         return False
     if at_once or state.ordered_step is None or state.level > state.ordered_level or renew:

@@ -143,7 +143,7 @@ class Judge:
     def _documents(self, state: PolicyState, decision: Decision | None) -> dict[str, Any]:
         documents: dict[str, Any] = {"policy": state.to_dict()}
         if self._settings.enforce and decision is not None:
-            documents |= self._orders.prepare(decision, self._settings.policy.expires_in, self._clock())
+            documents |= self._orders.prepare(decision, state.ordered_until, self._clock())
         return documents
 
     def _drift_state(self, kind: str) -> DriftState | None:

@@ -31,10 +31,10 @@ class Orders:
         stored = self._ledger.load(STATE)
         return Desired.from_dict(stored) if stored else None
 
-    def prepare(self, decision: Decision, expires_in: float | None, now: float) -> Mapping[str, Mapping[str, Any]]:
+    def prepare(self, decision: Decision, until: float | None, now: float) -> Mapping[str, Mapping[str, Any]]:
         """Return the documents to store in the ledger for a decision: the next order, or nothing.
 
-        What a person ordered for a time ends with it, also when no watcher runs by then; it says whose word it is.
+        It expires at ``until``, also when no watcher runs by then; what a person ordered says whose word it is.
         """
         if decision.order is None or self._control is None:
             return {}
@@ -42,8 +42,6 @@ class Orders:
         levers, reason, hold = decision.order, decision.reason, decision.hold
         if hold is not None and hold.levers is not None:
             reason = dataclasses.replace(reason, metric=f"a person: {hold.by}, {hold.reason}")
-            if hold.until is not None:
-                expires_in = hold.until - now if expires_in is None else min(expires_in, hold.until - now)
         order = self._control.prepare(
             self._run,
             levers.kss,
@@ -51,7 +49,7 @@ class Orders:
             clip=levers.clip,
             learning_rate_scale=levers.learning_rate_scale,
             known=last.generation if last else 0,
-            expires_in=expires_in,
+            expires_in=None if until is None else until - now,
         )
         return {STATE: order.to_dict()}
 
@@ -74,13 +72,14 @@ class Orders:
         return found if last is not None and found > last.generation else 0
 
     def reconcile(self, state: PolicyState) -> PolicyState:
-        """Return the policy's state with what was really ordered, and when.
+        """Return the policy's state with what was really ordered, when, and until when.
 
         A monitor that only observed, or was told to forget its state, thinks otherwise, and would renew too late.
         """
         last = self.last
         if last is None:
-            return dataclasses.replace(state, ordered=Levers(), ordered_level=0, ordered_step=None, ordered_at=None)
+            never = {"ordered_step": None, "ordered_at": None, "ordered_until": None}
+            return dataclasses.replace(state, ordered=Levers(), ordered_level=0, **never)
         steps = [step for step in (state.ordered_step, last.reason.checkpoint_step) if step is not None]
         return dataclasses.replace(
             state,
@@ -88,6 +87,7 @@ class Orders:
             ordered_level=last.reason.risk_level,
             ordered_step=min(steps, default=None),  # the lower one, where the trainer went back since
             ordered_at=seconds(last.issued_at),
+            ordered_until=None if last.expires_at is None else seconds(last.expires_at),
         )
 
     def answer(self) -> Acknowledgement | None:

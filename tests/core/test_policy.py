@@ -96,6 +96,22 @@ def test_an_order_is_renewed_before_it_expires_while_the_level_holds():
     assert [n for n, order in enumerate(orders, start=1) if order] == [1, 7, 13]
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "due"),
+    [(10.0, None, 2), (None, 10.0, 2), (10.0, 100.0, 2), (100.0, 10.0, 2), (10.0, 12.0, 6), (12.0, 10.0, 9)],
+)
+def test_a_standing_order_gets_another_expiry_with_the_next_event(before: float | None, after: float | None, due: int):
+    """At once where it would end much too early or late; otherwise in time, before half of its new life is left."""
+    policy = dataclasses.replace(PLAIN, raise_after=1, expires_in=before)
+    state, decision = decide(PolicyState(), Evidence(Drift(1, {"loss": 2.0}), 1.0), policy)
+    assert (decision.order, state.ordered_until) == (ON, None if before is None else 1.0 + before)
+    policy, at = dataclasses.replace(policy, expires_in=after), 1
+    while decision.order is None or at == 1:
+        at += 1
+        state, decision = decide(state, Evidence(Drift(at, {"loss": 2.0}), float(at)), policy)
+    assert (at, state.ordered_until) == (due, None if after is None else due + after)
+
+
 def test_off_needs_no_renewal():
     assert not any(d.order for d in history([0] * 50, dataclasses.replace(PLAIN, expires_in=1.0)))
 
@@ -292,6 +308,16 @@ def test_what_a_hold_orders_is_renewed_with_or_without_events():
     assert decision.order == ON
 
 
+def test_what_a_hold_orders_ends_with_it_and_is_not_repeated_until_the_hold_is_longer():
+    policy = dataclasses.replace(QUICK, expires_in=100.0)
+    state, _ = decree(PolicyState(), policy, holding(ON, until=10.0), 0.0)
+    assert state.ordered_until == 10.0
+    assert all(decree(state, policy, holding(ON, until=10.0), at)[1] is None for at in (1.0, 5.0, 9.9))
+    longer, decision = decree(state, policy, holding(ON, until=60.0), 5.0)
+    assert decision is not None
+    assert (decision.order, longer.ordered_until) == (ON, 60.0)
+
+
 def test_without_a_hold_nothing_is_decreed():
     state, _ = decide(PolicyState(), Evidence(Drift(10, {"loss": 2.0})), QUICK)
     later = dataclasses.replace(QUICK, ladder={2: STRONG}, expires_in=1.0)
@@ -477,7 +503,7 @@ def test_a_level_may_order_the_learning_rate_alone_and_it_is_renewed_and_cleared
 @pytest.mark.parametrize("ordered", [STRONG, Levers(0.2, variant="hinge", clip=0.5, learning_rate_scale=0.1)])
 def test_the_state_survives_json(ordered: Levers):
     series = {"checkpoint": Series(2, 40, (0, 2, 2)), "profile": Series(0, None, ())}
-    state = PolicyState(2, series, ordered, 2, 40, 17.5, held=True)
+    state = PolicyState(2, series, ordered, 2, 40, 17.5, 99.5, held=True)
     assert PolicyState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
 
 

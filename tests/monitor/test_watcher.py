@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -672,6 +673,24 @@ def test_an_order_is_renewed_in_time_though_the_watcher_only_observed_meanwhile(
     bench.writer.write(profile(**ALARM), 130)
     bench.run(enforce=True)
     assert desired(bench)["generation"] == 2, "the first one ends in a fifth of a day"
+
+
+def test_a_reload_with_another_expiry_reaches_the_standing_order_at_the_next_event(bench: Bench):
+    bench.healthy(100)
+    bench.writer.write(profile(**ALARM), 110)
+    bench.run(enforce=True)
+    first = desired(bench)
+    assert seconds(first["expires_at"]) == pytest.approx(seconds(first["issued_at"]) + 86400, abs=1)
+    endless = dataclasses.replace(RunSettings().policy, expires_in=None)
+    bench.run(enforce=True, policy=endless)
+    assert desired(bench) == first, "an order of the policy needs evidence"
+    bench.writer.write(profile(**ALARM), 120)
+    bench.run(enforce=True, policy=endless)
+    again = desired(bench)
+    assert (again["generation"], again["expires_at"], again["kss"]) == (2, None, first["kss"])
+    bench.writer.write(profile(**ALARM), 130)
+    bench.run(enforce=True, policy=endless)
+    assert desired(bench) == again
 
 
 def test_a_folder_that_cannot_be_listed_during_a_replay_costs_the_checkpoint_nothing(bench: Bench):
