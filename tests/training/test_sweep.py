@@ -17,6 +17,7 @@ from training.experiments.one_run import carry_out
 from training.experiments.plan import plan, write_plan
 from training.experiments.record import Records, read_records
 from training.experiments.spec import PARTS, Spec, read_spec
+from training.experiments.trace import Trace
 from training.loop import drive
 from training.ranks import Ranks
 from training.run import build_run
@@ -76,6 +77,30 @@ def test_measuring_changes_no_bit_of_a_run(optimizer: str, monkeypatch: pytest.M
     monkeypatch.setattr("training.experiments.trace.compact", lambda value: value)
     one = spec(groups=[{"name": "one", "settings": {"optimizer.name": optimizer}}])
     assert carry_out(one, plan(one)[0], "cpu")["steps"]["loss"] == bare_losses(one)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd"])
+def test_a_twin_on_the_cpu_is_measured_like_the_run(optimizer: str) -> None:
+    """As for a run on a GPU."""
+    one = spec(groups=[{"name": "one", "settings": {"optimizer.name": optimizer}}])
+    alone = Ranks(0, 1, torch.device("cpu"))
+    runs = [build_run(plan(one)[0].config(one), alone) for _ in range(2)]
+    traces = [Trace(run, one.measure) for run in runs]
+    traces[1].twin = build_run(runs[1].config, alone)
+    for run, trace in zip(runs, traces, strict=True):
+        drive(run, [trace])
+    assert traces[0].document() == traces[1].document()
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_has_the_record_of_one_on_the_cpu() -> None:
+    one = spec()
+    here, there = (carry_out(one, plan(one)[0], device) for device in ("cpu", "cuda"))
+    assert there["environment"]["device"] == "cuda"
+    # float32 sums run in another order on a GPU, and Adam divides small numbers.
+    assert there["steps"]["loss"] == pytest.approx(here["steps"]["loss"], rel=1e-2)
+    for name, values in here["profiles"]["features"].items():
+        assert there["profiles"]["features"][name] == pytest.approx(values, rel=2e-2, abs=2e-2), name
 
 
 def test_a_sweep_goes_on_where_it_was(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

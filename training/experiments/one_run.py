@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import time
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from rksp_core.device import choose_device
 from rksp_core.features import figures
 from rksp_core.lookahead import look_ahead
 from rksp_core.profile import ModelProfile
-from rksp_core.wasserstein import distances
+from rksp_core.wasserstein import Curves, distances
 from training.config import Config
 from training.experiments.onset import onset
 from training.experiments.plan import PlannedRun, configuration
@@ -26,7 +25,7 @@ from training.experiments.trace import Trace
 from training.loop import conclude, drive
 from training.optimizers import build_optimizer
 from training.ranks import Ranks
-from training.run import Run, build_run
+from training.run import build_run
 from training.tasks import PROBE
 
 # Of each layer of the profile before the first step.
@@ -73,13 +72,11 @@ def carry_out(spec: Spec, planned: PlannedRun, device: str) -> Record:
     """
     torch.set_num_threads(1)
     chosen = choose_device(device)
-    if chosen.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    torch.use_deterministic_algorithms(True, warn_only=True)
     config = planned.config(spec, device)
     run = build_run(config, Ranks(0, 1, chosen))
     trace = Trace(run, spec.measure)
-    ahead = [_look_ahead(run, trace, count) for count in spec.measure.look_ahead]
+    curves = figures(trace.profile(trace.twin.model)).curves if spec.measure.look_ahead else {}
+    ahead = [_look_ahead(trace, curves, count) for count in spec.measure.look_ahead]
     seconds = drive(run, [trace])
     result = conclude(run, seconds=seconds)
     diverged_at = run.labels.rksp
@@ -121,13 +118,13 @@ def chance_loss(config: Config) -> float:
     return math.log(task.classes if task.name == "images" else task.vocabulary)
 
 
-def _look_ahead(run: Run, trace: Trace, count: int) -> dict[str, Any]:
+def _look_ahead(trace: Trace, curves: Curves, count: int) -> dict[str, Any]:
     """Take ``count`` steps of the run's own optimizer at the full rate on a copy, and profile it again.
 
     One held-out batch of the run's size, again and again: a preflight has no more. Neither warm-up nor clipping.
-    ``features`` and ``distances`` (to the profile of the copy before) are empty where it did not stay finite.
+    ``features`` and ``distances`` (to the ``curves`` of the model itself) are empty where it did not stay finite.
     """
-    began = time.perf_counter()
+    began, run = time.perf_counter(), trace.twin
     batch = run.task.batch(PROBE, 1, run.config.task.batch)
     targets = batch.targets.to(run.ranks.device)
     found = look_ahead(
@@ -148,13 +145,9 @@ def _look_ahead(run: Run, trace: Trace, count: int) -> dict[str, Any]:
         "hidden_rms_before": compact(found.hidden_rms_before),
         "hidden_rms_after": compact(found.hidden_rms_after),
         "features": {} if found.profile is None else compact_all(figures(found.profile).numbers),
-        "distances": {} if found.profile is None else compact_all(_moved(run, trace, found.profile)),
+        "distances": {} if found.profile is None else compact_all(distances(figures(found.profile).curves, curves)),
         "seconds": round(time.perf_counter() - began, 2),
     }
-
-
-def _moved(run: Run, trace: Trace, profile: ModelProfile) -> dict[str, float]:
-    return distances(figures(profile).curves, figures(trace.profile(run.model)).curves)
 
 
 def _initial(profile: ModelProfile | None) -> dict[str, Any]:

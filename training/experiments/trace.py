@@ -1,9 +1,16 @@
-"""What is written down along a run: an observer of the trainer that keeps everything in memory."""
+"""What is written down along a run: an observer of the trainer that keeps everything in memory.
+
+Everything is measured on the CPU. A measurement is hundreds of small figures; on a GPU that many processes share, each
+of them waits for its turn, and measuring took five times as long as training.
+"""
 
 from __future__ import annotations
 
 import time
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from rksp_core import profile_model
 from rksp_core.features import figures
@@ -14,7 +21,8 @@ from training.experiments.indicators import Before, indicators
 from training.experiments.record import compact, compact_all
 from training.experiments.sharpness import sharpness
 from training.experiments.spec import Measure
-from training.run import Run
+from training.ranks import Ranks
+from training.run import Run, build_run
 from training.tasks import PROBE
 
 
@@ -23,6 +31,8 @@ class Trace:
 
     Attributes
     ----------
+    twin
+        The run on the CPU: itself, or a copy that follows it whenever something is due.
     first
         The profile before the first step.
     losses, gradient_norms
@@ -32,6 +42,7 @@ class Trace:
     """
 
     def __init__(self, run: Run, measure: Measure) -> None:
+        self.twin = run if run.ranks.device.type == "cpu" else _twin(run)
         self._measure = measure
         self._probe = run.task.batch(PROBE, 0, measure.profile.sequences)
         self._before: Before | None = None
@@ -51,12 +62,16 @@ class Trace:
         if run.diverged:
             return
         began = time.perf_counter()
-        if run.step % self._measure.profile.every == 0:
-            self._profile(run)
-        every = self._measure.sharpness.every
-        if every and record is not None and run.step % every == 0:
-            self._sharpen(run, record.learning_rate)
-        self._before = Before(run) if (run.step + 1) % self._measure.profile.every == 0 else None
+        every, sharpened = self._measure.profile.every, self._measure.sharpness.every
+        profiled, next_profiled = run.step % every == 0, (run.step + 1) % every == 0
+        sharpen = bool(sharpened) and record is not None and run.step % sharpened == 0
+        if self.twin is not run and (profiled or next_profiled or sharpen):
+            _follow(self.twin, run)
+        if profiled:
+            self._profile(self.twin)
+        if sharpen and record is not None:
+            self._sharpen(self.twin, record.learning_rate)
+        self._before = Before(self.twin) if next_profiled else None
         self.seconds += time.perf_counter() - began
 
     def end(self, run: Run) -> None:
@@ -111,3 +126,31 @@ class Trace:
         found = sharpness(run, rate, sequences=settings.sequences, iterations=settings.iterations)
         if found is not None:
             self._sharpness.append((run.step, compact(found[0]), compact(found[1])))
+
+
+def _twin(run: Run) -> Run:
+    return build_run(run.config.model_copy(update={"device": "cpu"}), Ranks(0, 1, torch.device("cpu")))
+
+
+def _follow(twin: Run, run: Run) -> None:
+    """Bring weights, gradients and the optimizer's state over, all in one transfer."""
+    twin.step = run.step
+    there: list[Tensor] = []
+    for parameter in run.model.parameters():
+        state = run.optimizer.state.get(parameter, {})
+        there += [parameter, *([] if parameter.grad is None else [parameter.grad])]
+        there += [value for value in state.values() if isinstance(value, Tensor)]
+    there += list(run.model.buffers())
+    flat = torch.cat([tensor.detach().flatten().float() for tensor in there]).cpu()
+    here = iter(
+        part.view(tensor.shape) for part, tensor in zip(flat.split([t.numel() for t in there]), there, strict=True)
+    )
+    for mine, theirs in zip(twin.model.parameters(), run.model.parameters(), strict=True):
+        mine.data = next(here)
+        mine.grad = None if theirs.grad is None else next(here)
+        state = run.optimizer.state.get(theirs, {})
+        twin.optimizer.state[mine] = {
+            name: next(here) if isinstance(value, Tensor) else value for name, value in state.items()
+        }
+    for buffer in twin.model.buffers():
+        buffer.copy_(next(here))
