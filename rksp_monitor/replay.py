@@ -120,6 +120,16 @@ class ReplayPool:
             place = min(places, key=lambda one: (one.waiting, one is not last))
             return place, place.join(turns)
 
+    def give_up(self, place: _Place) -> bool:
+        """Leave a place to the run that hangs there, without its worker; return whether this is news."""
+        with self._lock:
+            if place.lost:
+                return False
+            place.lost = True
+            self._places = {key: one for key, one in self._places.items() if one is not place}
+        place.kill()
+        return True
+
     def _place(self, device: str, *, aside: bool) -> _Place:
         return self._places.setdefault((device, aside), _Place(device, aside=aside))
 
@@ -174,21 +184,37 @@ class Replayer:
         Abandoned
             When the daemon stops.
         """
-        # What hung or killed its worker is tried again in another one, where nobody has to wait for it.
-        place, ticket = self._pool.join(self._settings.device, self._turns, self._last, aside=self.aside)
-        self._last = place
+        while True:
+            # What hung or killed its worker is tried again in another one, where nobody has to wait for it.
+            place, ticket = self._pool.join(self._settings.device, self._turns, self._last, aside=self.aside)
+            self._last = place
+            try:
+                return self._replay_in_turn(place, ticket, path, noise, tick)
+            except _Lost:
+                if self._pool.give_up(place):
+                    self._report(place, "ended", reason="the run that it worked for gives no sign of life")
 
+    def _replay_in_turn(
+        self, place: _Place, ticket: _Ticket, path: Path, noise: bool, tick: Callable[[], None]
+    ) -> Replayed:
         def sign_of_life() -> None:
+            if place.is_served(ticket):
+                place.alive_until = time.monotonic() + self._timeout
             tick()
             if self._pool.stopping:
                 raise Abandoned
+            if place.lost and place.is_served(ticket):
+                raise CheckpointError(
+                    f"the replay of {path.name} was given up: its run gave no sign of life for {self._timeout:g} s; "
+                    "does its file system answer?"
+                )
 
         with place.turn(ticket, sign_of_life):
-            sign_of_life()
             try:
+                sign_of_life()
                 replayed = self._replay(place, path, noise, sign_of_life)
             finally:
-                if place.aside and place.worker is not None and place.waiting == 1:
+                if place.worker is not None and (place.lost or (place.aside and place.waiting == 1)):
                     self._end(place, "nothing else is replayed aside")
             self.aside = False
             return replayed
@@ -250,13 +276,17 @@ class Replayer:
         return worker
 
     def _end(self, place: _Place, reason: str) -> None:
-        if not self._pool.stopping:
+        if not self._pool.stopping and not place.lost:
             self._report(place, "ended", reason=reason)
         place.end()
 
     def _report(self, place: _Place, what: str, **about: Any) -> None:
         pid = place.worker.pid if place.worker else None
         self._pool.report(what, {"device": place.device, "pid": pid, "run": self._run, **about})
+
+
+class _Lost(Exception):  # noqa: N818 - the replay goes on elsewhere
+    """Whoever is served gives no sign of life."""
 
 
 @dataclass
@@ -284,6 +314,8 @@ class _Place:
         self._tickets: list[_Ticket] = []  # in the order of arrival
         self._served: _Ticket | None = None
         self._lock = threading.Lock()
+        self.alive_until = math.inf  # whoever is served gave a sign of life, and should give another one by then
+        self.lost = False  # it did not, and nobody waits here any more
 
     @property
     def waiting(self) -> int:
@@ -299,17 +331,31 @@ class _Place:
 
     @contextlib.contextmanager
     def turn(self, ticket: _Ticket, tick: Callable[[], None]) -> Iterator[None]:
-        """Wait for one's turn, and have it for the length of the block; what ``tick`` raises ends the wait."""
+        """Wait for one's turn, and have it for the length of the block; what ``tick`` raises ends the wait.
+
+        Raises
+        ------
+        _Lost
+            When whoever is served hangs in a tick of its own: on a dead mount, for instance.
+        """
         try:
             while not self._is_called(ticket):
+                if time.monotonic() > self.alive_until:
+                    raise _Lost
                 tick()
+            if self.lost:
+                raise _Lost
             yield
         finally:
             with self._lock:
                 self._tickets.remove(ticket)
                 if self._served is ticket:
-                    self._served = None
+                    self._served, self.alive_until = None, math.inf
                 self._call()
+
+    def is_served(self, ticket: _Ticket) -> bool:
+        """Whether it is the ticket's turn."""
+        return self._served is ticket
 
     def _is_called(self, ticket: _Ticket) -> bool:
         """Whether it is the ticket's turn, now or soon."""
@@ -319,7 +365,7 @@ class _Place:
         ticket.called.wait(WAIT_SECONDS)
         with self._lock:
             ticket.here = False
-            return self._served is ticket
+            return self.is_served(ticket)
 
     def _call(self) -> None:
         """Give a free device to the run whose last turn is longest ago, of those whose threads are there to take it.

@@ -212,3 +212,37 @@ def test_a_run_whose_checkpoint_hung_is_tried_aside_and_holds_up_nobody(tmp_path
         stop.set()
         with pytest.raises(Abandoned):
             again.result()
+
+
+def test_a_run_that_hangs_in_the_midst_of_its_replay_leaves_the_device_to_the_others(tmp_path: Path):
+    """Its own scan hangs on a dead mount, say, while its checkpoint is replayed."""
+    settings = SubjectSettings("tests.monitor.tiny_model:build_scripted", **SMALL)
+    tiny_model.save_folder(tmp_path, 100)
+    tiny_model.save_folder(tmp_path, 400, code=7.0)
+    good, bad = (tmp_path / "checkpoints" / f"step-{step:08d}" for step in (100, 400))
+    release, hangs, reasons = threading.Event(), threading.Event(), list[str]()
+    pool: ReplayPool
+
+    def report(what: str, about: object) -> None:
+        if what == "ended":
+            reasons.append(about["reason"])
+
+    def hang() -> None:
+        if pool.pids:
+            hangs.set()
+            release.wait()
+
+    with contextlib.closing(ReplayPool(QUICK, report=report)) as pool, ThreadPoolExecutor(2) as threads:
+        others = pool.replayer("b", settings, timeout=120)
+        others.replay(good)
+        hanging = threads.submit(pool.replayer("a", settings, timeout=0.5).replay, bad, tick=hang)
+        hangs.wait()
+        assert others.replay(good).profile.step == 100
+        assert not hanging.done()
+        assert others.replay(good).profile.step == 100
+        assert len(pool.pids) == 1
+        release.set()
+        with pytest.raises(CheckpointError, match="its run gave no sign of life"):
+            hanging.result()
+        assert len(pool.pids) == 1, "it ends no worker but its own"
+    assert reasons == ["the run that it worked for gives no sign of life"]
