@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-SEATS = 2  # one thread computes while the other waits for the disk
+SEATS = 1
 LEASE = 0.1  # seconds
 
 

@@ -23,7 +23,6 @@ from pathlib import Path
 
 from rksp_core.profile_writer import FOLDER as PROFILES
 from rksp_monitor.checkpoints.names import is_candidate, shown, step_in
-from rksp_monitor.desk import Desk
 from rksp_monitor.file_events import FileEvents
 from rksp_monitor.filesystem import filesystem_of
 from rksp_monitor.listing import names_in
@@ -141,7 +140,7 @@ def watch(
     interval: float,
     events: FileEvents | None = None,
     tick: Callable[[], None] = lambda: None,
-    desk: Desk | None = None,
+    desk: contextlib.AbstractContextManager[object] | None = None,
 ) -> Iterator[list[Sighting]]:
     """Yield one scan after another until ``stop`` is set.
 
@@ -158,7 +157,7 @@ def watch(
     tick
         Called every few seconds: a sign of life for the supervisor, however long the interval is.
     desk
-        Where a seat is taken for each scan.
+        Entered for each scan: a `rksp_monitor.desk.Desk`, say.
 
     Raises
     ------

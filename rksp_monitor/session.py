@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -33,6 +35,7 @@ Read = Callable[[], WatchSettings]
 PASS, RISK, INCONCLUSIVE = 0, 1, 3
 SILENCE_LIMIT = 60.0  # seconds without a sign of life from every run before /healthz says so
 BEAT_SECONDS = 1.0  # between two looks at the runs
+SWITCH_SECONDS = 0.001  # that a thread may compute while another waits: a scrape needs its turn a dozen times
 PARTING_SECONDS = 10.0  # that a run gets to end; one that hangs in a system call never does
 
 # Settings that the endpoint, the workers, the scans or the announcer were built from.
@@ -86,6 +89,7 @@ class Session:
         RkspError
             When the only run cannot be watched: no folder, another watcher, a model that cannot be built.
         """
+        sys.setswitchinterval(SWITCH_SECONDS)
         if self._port_file is not None:
             require_writable(self._port_file)
         entries = self.settings.runs
@@ -118,6 +122,7 @@ class Session:
                 poll_interval=self.settings.poll_interval,
             )
             stack.callback(self._part)  # also when the work loop raises
+            gc.freeze()  # what was imported stays: to look through it again and again would hold up a scrape by 0.1 s
             self._ready = True
             self._notifier.ready()
             stack.callback(self._notifier.stopping)

@@ -38,6 +38,7 @@ from rksp_monitor.checkpoints import Kind, profile_file
 from rksp_monitor.config import Every, RunSettings
 from rksp_monitor.desk import Desk
 from rksp_monitor.discovery import FileEvents, Scanner, Sighting, watch
+from rksp_monitor.filesystem import is_remote
 from rksp_monitor.hold import hold_file, read_hold
 from rksp_monitor.judge import Judge
 from rksp_monitor.ledger import Event, Ledger
@@ -152,6 +153,8 @@ class RunWatcher:
             lambda problem: self._log.warning("not compared with the reference", problem=problem),
         )
         self._scanner = Scanner(run.folder, known=ledger.known())
+        # A look at a network file system waits more than it computes: it may do so beside others.
+        self._scans_at = contextlib.nullcontext() if is_remote(run.folder) else around.desk
         self._subject, self._model_now = subject, model_now
         self._noted: list[Sighting] = []
         self._present: set[Path] = set()
@@ -194,7 +197,7 @@ class RunWatcher:
             interval=self._around.poll_interval,
             events=self._around.file_events,
             tick=self._ending.tick,
-            desk=self._around.desk,
+            desk=self._scans_at,
         )
         for sightings in scans:
             self._ending.tick()
@@ -306,10 +309,13 @@ class RunWatcher:
         if self._ending.stop.is_set():
             raise Abandoned
         if time.monotonic() - self._last_scan > self._around.poll_interval:
+            with contextlib.suppress(OSError):  # a folder that cannot be listed now is no fault of this checkpoint
+                with self._scans_at:
+                    sightings = self._scanner.scan(self._ending.tick)
+                with self._around.desk:
+                    self._note(sightings)
+            self._last_scan = time.monotonic()
             with self._around.desk:
-                with contextlib.suppress(OSError):  # a folder that cannot be listed now is no fault of this checkpoint
-                    self._note(self._scanner.scan(self._ending.tick))
-                self._last_scan = time.monotonic()
                 self._obey()
             self._judge_profiles()
             with self._around.desk:
