@@ -2,8 +2,8 @@
 
     python benchmarks/scrape.py [--runs 50] [--clients 50] [--scrapes 300]
 
-A board of 50 runs, every gauge set, is served by a process of its own; another scrapes it, one request after the other,
-as Prometheus does. Half of the hanging clients send half a request line and nothing more, half send nothing at all (in
+A board of 50 runs, every gauge set, is served by a process of its own, where each second every gauge of every run gets
+another value; another scrapes it, one request after the other, as Prometheus does. Half of the hanging clients send half a request line and nothing more, half send nothing at all (in
 TLS, both hang in the handshake). Guessing clients try wrong passwords as fast as they are answered. Prints p50 and p99,
 each also as a ratio of the same scrapes without other clients.
 """
@@ -128,17 +128,24 @@ def serving(runs: int, config: Path | None) -> Iterator[str]:
 def serve_board(runs: int, config: Path | None, channel: Connection) -> None:
     board = Board({"version": "benchmark"})
     for index in range(runs):
-        run = f"run-{index}"
-        board.add_run(run, {"model": "benchmark", "probe": "random tokens", "mode": "observe"})
-        for row in METRICS:
-            if row.kind == "gauge" and row.layer is None and row.labels == ("run",):
-                board.set(run, row.name, 0.1234 * index)
-        board.observe_replay(run, 1.0)
+        board.add_run(f"run-{index}", {"model": "benchmark", "probe": "random tokens", "mode": "observe"})
+        move(board, f"run-{index}", index)
     with serve(
         "127.0.0.1:0", registry_of(board), healthy=lambda: True, ready=lambda: True, web_config=config
     ) as address:
         channel.send(address)
-        channel.recv()
+        for turn in itertools.count():
+            move(board, f"run-{turn % runs}", turn)
+            if channel.poll(1 / runs):
+                return
+
+
+def move(board: Board, run: str, turn: int) -> None:
+    """Give every gauge of a run another value, as a judged event and a scan do."""
+    for row in METRICS:
+        if row.kind == "gauge" and row.layer is None and row.labels == ("run",):
+            board.set(run, row.name, 0.1234 * turn)
+    board.observe_replay(run, 1.0)
 
 
 def scrape(address: str, tls: Path | None, count: int) -> list[float]:
