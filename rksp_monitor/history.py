@@ -40,7 +40,9 @@ BESIDE = ("loss", "gradient_norm")  # as the trainer wrote them into its own pro
 
 @dataclass(frozen=True)
 class Row:
-    """One event. Times are in seconds since the epoch, ``judged`` None for what was not judged.
+    """One event, or a person's hold (``kind`` "hold"): its begin, change or end, and each order that followed from it.
+
+    Times are in seconds since the epoch, ``judged`` None for what was not judged.
 
     ``profile``, ``evidence`` and ``decision`` are the JSON forms of `rksp_core.profile.ModelProfile` (without
     eigenvalues), `rksp_core.policy.Evidence` and `Decision`; None for what was not judged, or by a watcher of a time
@@ -141,7 +143,7 @@ EVERYTHING = Selection(set_aside=True)
 
 @dataclass(frozen=True)
 class History:
-    """The events of one run, in the order they were judged.
+    """The events of one run and the holds of its people, in the order they were judged.
 
     ``complete`` is False for an export that left rows out: what the policy decided cannot be decided again from it.
     """
@@ -234,18 +236,31 @@ def _ledger_rows(path: Path, run: str, selection: Selection) -> Iterator[Row]:
         later = {name: name if name in has else absent for name, absent in _LATER.items()}
         # Judged before that column was there: nothing changed the row since.
         judged = f"coalesce({later['judged']}, CASE WHEN status = 'done' THEN updated END)"
-        found = database.execute(
-            f"SELECT id, kind, step, status, {later['set_aside']} FROM events WHERE run = ? "  # noqa: S608
-            f"ORDER BY coalesce({judged}, updated), {later['ordinal']}, id",
-            (run,),
-        )
-        wanted = [row[0] for row in found if selection.admits(Row(row[1], row[2], row[3], set_aside=bool(row[4])))]
         sources = {"seen": "first_seen", **later, "judged": judged}
         columns = ", ".join(sources.get(name, name) for name in _COLUMNS)
-        for number in wanted:
+        found = database.execute(
+            f"SELECT id, kind, step, status, {later['set_aside']}, coalesce({judged}, updated) AS at, "  # noqa: S608
+            f"{later['ordinal']} AS ordinal, 0 AS decree FROM events WHERE run = ?1 UNION ALL {_decrees(database)} "
+            "ORDER BY at, ordinal, decree, id",
+            (run,),
+        )
+        wanted = [row[:2] for row in found if selection.admits(Row(row[1], row[2], row[3], set_aside=bool(row[4])))]
+        for number, kind in wanted:
+            if kind == "hold":
+                kept = "SELECT step, judged, decision FROM decrees WHERE id = ?"
+                step, when, decision = database.execute(kept, (number,)).fetchone()
+                yield Row(kind, step, "done", judged=when, decision=unpack(decision))
+                continue
             values = database.execute(f"SELECT {columns} FROM events WHERE id = ?", (number,)).fetchone()  # noqa: S608
             if values is not None:  # else it was written anew since, and has another row
                 yield _row(*values)
+
+
+def _decrees(database: sqlite3.Connection) -> str:
+    """Return what selects the decisions that no event led to; an earlier version kept none."""
+    kept = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'decrees'").fetchone()
+    source = "decrees" if kept else "(SELECT 0 AS id, '' AS run, 0 AS step, 0 AS judged, 0 AS ordinal)"
+    return f"SELECT id, 'hold', step, 'done', 0, judged, ordinal, 1 FROM {source} WHERE run = ?1"  # noqa: S608
 
 
 def _row(*values: Any) -> Row:

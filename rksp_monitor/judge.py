@@ -13,6 +13,7 @@ from typing import Any
 from rksp_core import policy as policies
 from rksp_core.drift import Drift, DriftState, measure, rewind
 from rksp_core.errors import ProfileError
+from rksp_core.orders import Reason
 from rksp_core.policy import Decision, Evidence, Hold, PolicyState, decide, decree
 from rksp_core.profile import ModelProfile
 from rksp_core.reference import Reference
@@ -51,6 +52,8 @@ class Judge:
         stored = ledger.load("policy")
         state = PolicyState.from_dict(stored) if stored else PolicyState()
         self._overtaken = ledger.load("overtaken") or {}
+        heard = ledger.load("hold")
+        self._heard = Hold.from_dict(heard) if heard else None
         self.state = orders.reconcile(state) if settings.enforce else state
 
     def wants_noise(self, event: Event) -> bool:
@@ -91,14 +94,24 @@ class Judge:
         return Judgement(drift, decision, rewound)
 
     def obey(self, hold: Hold | None) -> Decision | None:
-        """Take a person's word into account at once; return what it led to, None when it changed nothing."""
+        """Take a person's word into account at once; return what it led to, None when it changed nothing.
+
+        What began, changed or ended is kept once, whoever starts again, and so is each order that follows from it.
+        """
         if self._overtaken and not self._ledger.later_ready(**self._overtaken):
             self._overtaken = {}
         in_force = hold or (CATCHING_UP if self._overtaken else None)
         state, decision = decree(self.state, self._settings.policy, in_force, self._clock())
-        if state != self.state:
-            self._ledger.store(self._documents(state, decision))
-            self.state = state
+        if hold != self._heard:
+            decision = decision or Decision(
+                state.level, state.level, (), None, Reason(state.level, state.step), hold=hold
+            )
+        if decision is not None:
+            documents = self._documents(state, decision) | {"hold": {} if hold is None else hold.to_dict()}
+            self._ledger.decree(state.step or 0, decision.to_dict(), documents)
+        elif state != self.state:
+            self._ledger.store(self._documents(state, None))
+        self.state, self._heard = state, hold
         return decision
 
     def _is_overtaken(self, event: Event) -> bool:

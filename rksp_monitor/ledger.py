@@ -47,6 +47,8 @@ CREATE INDEX IF NOT EXISTS events_status ON events (run, status, step);
 CREATE INDEX IF NOT EXISTS events_path ON events (run, path);
 CREATE INDEX IF NOT EXISTS events_ordinal ON events (run, ordinal);
 CREATE INDEX IF NOT EXISTS events_kept ON events (run, kind, status, set_aside, step);
+CREATE TABLE IF NOT EXISTS decrees (id INTEGER PRIMARY KEY, run TEXT NOT NULL, step INTEGER NOT NULL,
+    judged REAL NOT NULL, ordinal INTEGER NOT NULL, decision TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS state (run TEXT NOT NULL, name TEXT NOT NULL, document TEXT NOT NULL,
     PRIMARY KEY (run, name));
 """
@@ -360,15 +362,31 @@ class Ledger:
                     "UPDATE events SET set_aside = 1 WHERE run = ? AND status = 'done' AND step >= ? AND set_aside = 0",
                     (self._run, event.step),
                 )
-            # The last one by its index: a maximum over a column would read every row, with all that is kept in it.
-            last, ordinal = self._database.execute(
-                "SELECT judged, ordinal FROM events WHERE run = ? AND ordinal > 0 ORDER BY ordinal DESC LIMIT 1",
-                (self._run,),
-            ).fetchone() or (0.0, 0)
-            judged = max(self._clock(), last)  # never before the one before it, though the clock may step back
+            judged, ordinal = self._now()
             self._move(event, "done", error="", judged=judged, ordinal=ordinal + 1, **packed)
             for name, document in states.items():
                 self._store(name, document)
+
+    def decree(self, step: int, decision: Mapping[str, Any], states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep a decision that no event led to, and the states after it, in one transaction."""
+        with self._transaction():
+            self._database.execute(
+                "INSERT INTO decrees (run, step, judged, ordinal, decision) VALUES (?, ?, ?, ?, ?)",
+                (self._run, step, *self._now(), pack(decision)),
+            )
+            for name, document in states.items():
+                self._store(name, document)
+
+    def _now(self) -> tuple[float, int]:
+        """Return the time, never before that of the event judged last, though the clock may step back; and its ordinal.
+
+        The last one by its index: a maximum over a column would read every row, with all that is kept in it.
+        """
+        last, ordinal = self._database.execute(
+            "SELECT judged, ordinal FROM events WHERE run = ? AND ordinal > 0 ORDER BY ordinal DESC LIMIT 1",
+            (self._run,),
+        ).fetchone() or (0.0, 0)
+        return max(self._clock(), last), ordinal
 
     def _move(self, event: Event, status: Status, **columns: Any) -> None:
         values = {"status": status, "updated": self._clock(), **columns}

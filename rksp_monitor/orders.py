@@ -78,8 +78,9 @@ class Orders:
         """
         last = self.last
         if last is None:
-            never = {"ordered_step": None, "ordered_at": None, "ordered_until": None}
-            return dataclasses.replace(state, ordered=Levers(), ordered_level=0, **never)
+            return dataclasses.replace(
+                state, ordered=Levers(), ordered_level=0, ordered_step=None, ordered_at=None, ordered_until=None
+            )
         steps = [step for step in (state.ordered_step, last.reason.checkpoint_step) if step is not None]
         return dataclasses.replace(
             state,

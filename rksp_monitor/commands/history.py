@@ -17,7 +17,7 @@ from rksp_monitor.output_file import output_stream, require_writable
 if TYPE_CHECKING:
     from rksp_monitor.history import History
 
-Kind = Literal["checkpoint", "profile"]
+Kind = Literal["checkpoint", "profile", "hold"]
 Format = Literal["table", "csv", "json", "parquet"]
 
 
@@ -50,7 +50,7 @@ def history(
     state_dir: StateDir = None,
     run_id: RunId = None,
 ) -> int:
-    """List or export what became of every checkpoint and profile of a run; beside a watcher, or without one."""
+    """List or export what became of every checkpoint, profile and hold of a run; beside a watcher, or without one."""
     from rksp_monitor.history import Selection
     from rksp_monitor.report.history import to_csv, to_json, to_table, write_parquet
 

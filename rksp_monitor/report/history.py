@@ -49,6 +49,8 @@ COLUMNS: dict[str, Kind] = {
     "previous_level": "whole",
     "fired": "text",
     **{f"order_{name}": kind for name, kind in _ORDER.items()},
+    "hold_by": "text",
+    "hold_reason": "text",
     **dict.fromkeys((*FIGURES, *BESIDE), "number"),
     **{
         f"{feature}_{what}_{against}": "number"
@@ -89,6 +91,8 @@ def _flat(row: Row) -> dict[str, Cell]:
         cells["fired"] = " ".join(decision.fired)
         if decision.order is not None:
             cells |= {f"order_{name}": getattr(decision.order, name) for name in _ORDER}
+        if decision.hold is not None:
+            cells |= {"hold_by": decision.hold.by, "hold_reason": decision.hold.reason}
     if row.evidence is not None:
         drift = Evidence.from_dict(row.evidence).drift
         for feature in (*FEATURES, *DISTANCES):
@@ -217,6 +221,9 @@ def _order(cells: dict[str, Cell]) -> str:
 
 
 def _note(cells: dict[str, Cell]) -> str:
+    if cells["kind"] == "hold":
+        held = cells["hold_by"] is not None
+        return printable(f"by {cells['hold_by'] or 'nobody named'}: {cells['hold_reason']}" if held else "released")
     marks = [name.replace("_", " ") for name in ("set_aside", "late") if cells[name]]
     status = [] if cells["status"] == "done" else [str(cells["status"])]
     return printable(", ".join([*status, *marks, *(str(cells[name]) for name in ("error", "fired") if cells[name])]))
@@ -235,7 +242,12 @@ class Column:
 
 SHOWN = (
     Column("step", "training step", lambda cells: str(cells["step"])),
-    Column("kind", "a replayed checkpoint, or the trainer's profile", lambda cells: str(cells["kind"]), right=False),
+    Column(
+        "kind",
+        "a replayed checkpoint, the trainer's profile, or a person's hold",
+        lambda cells: str(cells["kind"]),
+        right=False,
+    ),
     Column("judged, UTC", "month, day and time", _judged, 6, right=False),
     Column("near", "near-unit mass, mean over layers", _of("near_unit_mass_mean", share), 7),
     Column("min", "near-unit mass of the least layer", _of("near_unit_mass_min", share), 2),
@@ -264,7 +276,8 @@ def to_table(history: History, rows: Iterable[Row], *, width: int = 120, colour:
 
     Columns that do not fit ``width`` letters are left out; CSV and JSON have them all.
     """
-    cells = [(row.step, row.kind, row.judged or row.seen or 0.0, row.set_aside, flat(row)) for row in rows]
+    order = ("checkpoint", "profile", "hold").index  # what a person says at a step follows from what was seen there
+    cells = [(row.step, order(row.kind), row.judged or row.seen or 0.0, row.set_aside, flat(row)) for row in rows]
     cells.sort(key=lambda cell: cell[:3])
     texts = [[column.show(each) for column in SHOWN] for *_, each in cells]
     room = max(NOTE, width // 3)

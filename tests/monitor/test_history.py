@@ -20,12 +20,14 @@ from jsonschema import Draft202012Validator
 
 from rksp_core.drift import DriftState, measure
 from rksp_core.errors import ConfigError
-from rksp_core.policy import Evidence, Policy, PolicyState, decide
+from rksp_core.orders import Levers, Reason
+from rksp_core.policy import Decision, Evidence, Hold, Policy, PolicyState, decide
 from rksp_monitor.cli import run
 from rksp_monitor.commands.history import history
 from rksp_monitor.discovery import Sighting
 from rksp_monitor.history import Row, Selection, read_history, read_states
 from rksp_monitor.ledger import Ledger, Outcome, open_ledger
+from rksp_monitor.policy_replay import replay
 from rksp_monitor.report.drawing import fitting
 from rksp_monitor.report.history import SHOWN, to_table
 from tests.core.profiles import profile
@@ -247,6 +249,31 @@ class TestExports:
         few = printed(folder, "--status", "failed", "--status", "ready", capsys=capsys).splitlines()
         assert [line.split()[0] for line in few[:4]] == ["step", "60", "160", "run"]
         assert "run run: 1 event. " in printed(folder, "--status", "failed", capsys=capsys)
+
+    def test_a_persons_word_is_in_all_of_them(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        hold = Hold(Levers(alpha=0.3), until=9e9, by="ann", reason="trying KSS")
+        with open_ledger(folder / ".rksp" / "run.sqlite3", "run") as ledger:
+            for asked, order in ((hold, hold.levers), (None, None)):
+                decision = Decision(1, 1, (), order, Reason(1, 150), hold=asked)
+                ledger.decree(150, decision.to_dict(), {})
+        told = ["150", "hold"]
+        lines = [line for line in printed(folder, capsys=capsys).splitlines() if line.split()[:2] == told]
+        assert ["0.3" in line and "by ann: trying KSS" in line for line in lines] == [True, False]
+        assert lines[1].endswith("released")
+        text = printed(folder, "--format", "csv", "--kind", "hold", capsys=capsys)
+        rows = list(csv.DictReader(io.StringIO(text)))
+        assert [row["order_alpha"] for row in rows] == ["0.3", ""]
+        assert [(row["hold_by"], row["hold_reason"]) for row in rows] == [("ann", "trying KSS"), ("", "")]
+        path = tmp_path / "history.json"
+        printed(folder, "--format", "json", "--all", "--output-file", path, capsys=capsys)
+        schema = json.loads((files("rksp_monitor") / "schemas" / "history.json").read_text())
+        Draft202012Validator(schema).validate(json.loads(path.read_text()))
+        again = list(read_history(path).rows(Selection(kind="hold")))
+        assert [Decision.from_dict(row.decision).hold for row in again] == [hold, None]
+        assert replay(read_history(path), Policy()).differences == [], "a policy is not asked again about them"
+        parquet = pytest.importorskip("pyarrow.parquet", reason="PyArrow is not installed")
+        printed(folder, "--format", "parquet", "--output-file", tmp_path / "all.parquet", capsys=capsys)
+        assert [row["hold_by"] for row in parquet.read_table(tmp_path / "all.parquet").to_pylist()][-2:] == ["ann", None]
 
     @pytest.mark.parametrize("width", [60, 80, 120, 200])
     def test_the_table_fits_the_terminal_and_explains_what_it_shows(self, width: int, folder: Path):

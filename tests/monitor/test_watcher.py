@@ -28,7 +28,7 @@ from rksp_core.errors import (
 )
 from rksp_core.limits import Limits
 from rksp_core.orders import KSSSettings, Levers, Reason, seconds
-from rksp_core.policy import Evidence, Hold, replay_decisions
+from rksp_core.policy import Decision, Evidence, Hold, replay_decisions
 from rksp_monitor.config import RunSettings
 from rksp_monitor.history import Selection, read_history
 from rksp_monitor.hold import hold_file, remove_hold, write_hold
@@ -483,6 +483,28 @@ def test_a_hold_keeps_the_policy_from_ordering_and_its_release_lets_it(bench: Be
     bench.run(enforce=True)
     assert desired(bench)["kss"]["alpha"] == 0.15
     assert bench.gauge("rksp_control_held") == 0
+
+
+def test_a_persons_word_is_in_the_history_as_the_decision_it_is(bench: Bench):
+    """When it was heard, once however often the watcher starts, with the order it led to; then its release."""
+    hold = hold_file(bench.described.ledger)
+    bench.healthy(20)
+    bench.run(enforce=True)
+    asked = [Hold(by="ann", reason="maintenance"), Hold(Levers(alpha=0.3), by="ann", reason="a try")]
+    for each in asked:
+        write_hold(hold, each, bench.now)
+        bench.run(enforce=True)
+        bench.run(enforce=True)
+    remove_hold(hold)
+    bench.healthy(30, since=30)
+    bench.run(enforce=True)
+    rows = [row for row in read_history(bench.described.ledger).rows() if row.kind == "hold"]
+    decisions = [Decision.from_dict(row.decision) for row in rows]
+    assert [(row.step, row.status, row.evidence, row.profile) for row in rows] == [(20, "done", None, None)] * 3
+    assert [decision.hold for decision in decisions] == [*asked, None]
+    assert [decision.order for decision in decisions] == [None, Levers(alpha=0.3), Levers()]
+    assert [row.step for row in read_history(bench.described.ledger).rows()] == [10, 20, 20, 20, 20, 30]
+    assert desired(bench)["generation"] == 2
 
 
 def test_old_evidence_that_later_events_overtake_gives_no_order(bench: Bench):
