@@ -273,7 +273,10 @@ class TestExports:
         assert replay(read_history(path), Policy()).differences == [], "a policy is not asked again about them"
         parquet = pytest.importorskip("pyarrow.parquet", reason="PyArrow is not installed")
         printed(folder, "--format", "parquet", "--output-file", tmp_path / "all.parquet", capsys=capsys)
-        assert [row["hold_by"] for row in parquet.read_table(tmp_path / "all.parquet").to_pylist()][-2:] == ["ann", None]
+        assert [row["hold_by"] for row in parquet.read_table(tmp_path / "all.parquet").to_pylist()][-2:] == [
+            "ann",
+            None,
+        ]
 
     @pytest.mark.parametrize("width", [60, 80, 120, 200])
     def test_the_table_fits_the_terminal_and_explains_what_it_shows(self, width: int, folder: Path):
