@@ -12,7 +12,10 @@ import structlog
 from rksp_core import ProfileWriter
 from rksp_monitor import run_thread
 from rksp_monitor.config import RunEntry
+from rksp_monitor.desk import Desk
+from rksp_monitor.discovery import Scanner
 from rksp_monitor.history import read_history
+from rksp_monitor.judge import Judge
 from rksp_monitor.metrics import Board
 from rksp_monitor.run_thread import RunThread, Task
 from rksp_monitor.watcher import Surroundings
@@ -37,7 +40,12 @@ def told() -> list[str]:
 
 
 @pytest.fixture
-def live(tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch) -> Live:
+def desk() -> Desk:
+    return Desk(1, 3600.0)
+
+
+@pytest.fixture
+def live(tmp_path: Path, told: list[str], desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Live:
     monkeypatch.setattr(run_thread, "SHORTEST_PAUSE", 0.05)
 
     def make(script: dict[int, Any], task: Task, **settings: Any) -> RunThread:
@@ -52,6 +60,7 @@ def live(tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch) -> Li
                 Board({}),
                 announce=lambda event, *_: told.append(event),
                 poll_interval=0.05,
+                desk=desk,
             ),
             names={},
             done=lambda: None,
@@ -88,3 +97,25 @@ def test_what_was_unlike_the_old_baseline_is_judged_against_the_new_one(tmp_path
     assert statuses() == ["done", "skipped", "skipped"]
     live(other, Task(once=True, new_baseline=True))
     assert statuses() == ["done", "done", "done"]
+
+
+def test_a_replay_holds_no_seat_and_what_follows_it_does(
+    tmp_path: Path, live: Live, desk: Desk, monkeypatch: pytest.MonkeyPatch
+):
+    """Else the other runs would wait for a replay, or a scrape for all of them."""
+    seated = dict[str, set[bool]]()
+
+    def note(what: str, when: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any, **options: Any) -> Any:
+            seated.setdefault(what, set()).add(bool(desk._seated))
+            return when(*arguments, **options)
+
+        return noted
+
+    monkeypatch.setattr(FakeReplayer, "replay", note("replay", FakeReplayer.replay))
+    monkeypatch.setattr(Judge, "judge", note("judge", Judge.judge))
+    monkeypatch.setattr(Scanner, "scan", note("scan", Scanner.scan))
+    ProfileWriter(tmp_path, every=10).write(profile(), 10)
+    tiny_model.save_folder(tmp_path, 100)
+    assert live({}, Task(once=True)).judged == 2
+    assert seated == {"replay": {False}, "judge": {True}, "scan": {True}}
