@@ -56,14 +56,25 @@ class ControlWriter:
         Permission bits of ``desired.json``; 0600 unless the trainer runs as another user.
     clock
         Seconds since the epoch.
+
+    Attributes
+    ----------
+    shared
+        Whether ``mode`` lets the group read.
     """
 
     def __init__(
         self, folder: str | os.PathLike[str], *, mode: int = 0o600, clock: Callable[[], float] = time.time
     ) -> None:
         self.folder = Path(folder)
+        self.shared = bool(mode & 0o040)
         self._mode = mode
         self._clock = clock
+
+    def make_folder(self) -> None:
+        """Make the control folder where it is missing; raise OSError where that is not possible."""
+        # A trainer of the same group has to enter the folder and to put its answer there.
+        self.folder.mkdir(mode=0o770 if self.shared else 0o700, parents=True, exist_ok=True)
 
     def next_generation(self, known: int = 0) -> int:
         """Return one more than the largest generation in both files and ``known`` (the ledger's largest)."""
@@ -149,8 +160,7 @@ class ControlWriter:
             When the control folder cannot be written.
         """
         try:
-            # A trainer of the same group has to enter the folder and to put its answer there.
-            self.folder.mkdir(mode=0o770 if self._mode & 0o040 else 0o700, parents=True, exist_ok=True)
+            self.make_folder()
             write_atomic(
                 self.folder / ORDER_FILE,
                 json.dumps(desired.to_dict(), indent=1, allow_nan=False) + "\n",

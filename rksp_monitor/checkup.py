@@ -258,6 +258,9 @@ def _reference(settings: RunSettings) -> Findings:
 
 def _control(run: Run, settings: RunSettings) -> Findings:
     """Write, read and remove a file as an order would be; a watcher that only observes does not need to."""
+    from rksp_monitor.orders import OWNER
+    from rksp_monitor.ownership import owner_of
+
     bad = False if settings.enforce else None
     wants = "" if settings.enforce else " (only needed with --enforce)"
     if run.control is None:
@@ -275,6 +278,12 @@ def _control(run: Run, settings: RunSettings) -> Findings:
             )
         )
         return
+    orderer, alive = owner_of(run.control / OWNER)
+    if orderer and alive is not False and orderer != owner_of(run.ledger)[0]:
+        yield (
+            bad,
+            f"control folder {run.control} gets its orders from {orderer}; another watcher would be refused{wants}",
+        )
     scratch, mode = run.control / f".rksp-doctor-{secrets.token_hex(4)}", int(settings.control.mode, 8)
     try:
         write_atomic(scratch, "{}", mode=mode)

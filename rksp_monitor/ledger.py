@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import socket
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,12 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
-
 from rksp_core.errors import ConfigError
 from rksp_monitor.checkpoints import Kind
 from rksp_monitor.discovery import Sighting
 from rksp_monitor.filesystem import filesystem_of, is_remote
+from rksp_monitor.ownership import Owned, owned
 from rksp_monitor.packed import pack, unpack
 from rksp_monitor.remote import as_path
 
@@ -502,23 +499,12 @@ def open_ledger(path: Path, run: str, *, clock: Callable[[], float] = time.time)
 
 @contextlib.contextmanager
 def _single_writer(path: Path) -> Iterator[None]:
-    """Hold the lock beside the ledger; the owner's name lies in a third file, for whoever is refused."""
-    owner = path.with_suffix(".owner")
-    lock = filelock.FileLock(path.with_suffix(".lock"))
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout as error:
-        with contextlib.suppress(OSError):
-            who = owner.read_text(encoding="utf-8").strip()
-            raise ConfigError(f"this run is already watched by {who}; stop that one first ({path})") from error
-        raise ConfigError(f"this run is already watched by another process; stop that one first ({path})") from error
-    except OSError as error:
-        raise ConfigError(f"cannot lock {path} ({error.strerror}); name another --state-dir") from error
-    try:
-        with contextlib.suppress(OSError):  # a courtesy; a folder that is really not writable is found out next
-            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+    """Hold the lock beside the ledger."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(owned(path))
+        except Owned as error:
+            raise ConfigError(f"this run is already watched by {error}; stop that one first ({path})") from error
+        except OSError as error:
+            raise ConfigError(f"cannot lock {path} ({error.strerror}); name another --state-dir") from error
         yield
-    finally:
-        with contextlib.suppress(OSError):
-            owner.unlink()
-        lock.release()

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rksp_core.control import ControlWriter
+from rksp_core.errors import ConfigError
 from rksp_core.orders import Acknowledgement, Desired, Levers, seconds
 from rksp_core.policy import Decision, PolicyState
 from rksp_monitor.ledger import Ledger
+from rksp_monitor.ownership import Owned, owned
 
 STATE = "order"  # the ledger's name for the last order
+OWNER = "watcher"  # of the orders in a control folder: what its lock is called
+
+
+@contextlib.contextmanager
+def sole_orderer(control: ControlWriter) -> Iterator[None]:
+    """Be the only watcher that gives orders in a control folder; one that knows no locks is left to its luck.
+
+    Raises
+    ------
+    ConfigError
+        When another watcher does, with whatever state folder.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            control.make_folder()
+            stack.enter_context(owned(control.folder / OWNER, mode=0o660 if control.shared else 0o600))
+        except Owned as error:
+            raise ConfigError(
+                f"{control.folder} gets its orders from {error} already; stop that watcher first, or let one of the "
+                "two observe (enforce: false)"
+            ) from error
+        except OSError:
+            pass  # a folder that cannot be written is said, and tried again, when there is an order
+        yield
 
 
 class Orders:

@@ -6,11 +6,12 @@ others go on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from rksp_core.control import ControlWriter
@@ -20,6 +21,7 @@ from rksp_monitor.config import RunEntry, RunSettings
 from rksp_monitor.discovery import Scanner
 from rksp_monitor.filesystem import describe
 from rksp_monitor.ledger import open_ledger
+from rksp_monitor.orders import sole_orderer
 from rksp_monitor.reference import read_references
 from rksp_monitor.remote import driver_errors
 from rksp_monitor.replay import ReplayPool
@@ -178,7 +180,7 @@ class RunThread:
         with self._around.desk:
             run = describe_run(self.folder, self.settings, self._state_dir)
             self._begin_series(run)
-        with open_ledger(run.ledger, run.name, clock=self._around.clock) as ledger:
+        with open_ledger(run.ledger, run.name, clock=self._around.clock) as ledger, self._control(run) as control:
             if self.new_baseline:
                 # The subject too: what was skipped for being unlike the old baseline is judged against the new one.
                 ledger.forget("drift/checkpoint", "drift/profile", "policy", "subject")
@@ -191,7 +193,7 @@ class RunThread:
                 self.settings,
                 ledger=ledger,
                 replayer=replayer,
-                control=self._control(run),
+                control=control,
                 around=self._around,
                 ending=self._ending,
                 subject=identity_of(subject),
@@ -262,12 +264,15 @@ class RunThread:
         healthy = self.settings.reference
         return {} if healthy is None else read_references(healthy, self._state_dir)
 
-    def _control(self, run: Run) -> ControlWriter | None:
-        if run.control is None:
-            if self.settings.enforce:
-                raise ConfigError(f"orders for {run.folder} have nowhere to go; name a local control.folder")
-            return None
-        return ControlWriter(run.control, mode=int(self.settings.control.mode, 8), clock=self._around.clock)
+    @contextlib.contextmanager
+    def _control(self, run: Run) -> Iterator[ControlWriter | None]:
+        enforce, control = self.settings.enforce, None
+        if run.control is not None:
+            control = ControlWriter(run.control, mode=int(self.settings.control.mode, 8), clock=self._around.clock)
+        elif enforce:
+            raise ConfigError(f"orders for {run.folder} have nowhere to go; name a local control.folder")
+        with sole_orderer(control) if enforce and control is not None else contextlib.nullcontext():
+            yield control
 
 
 def subject_of(run: Run, settings: RunSettings) -> SubjectSettings | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from rksp_core.policy import Hold, PolicyState
 from rksp_monitor.config import RunSettings
 from rksp_monitor.history import read_states
 from rksp_monitor.hold import held_since, hold_file, read_hold
+from rksp_monitor.ownership import owner_of
 from rksp_monitor.remote import is_local
 from rksp_monitor.run import CONFIG, Run
 
@@ -155,22 +154,10 @@ def _order_in(control: Path) -> Desired | None:
 
 
 def _watcher(ledger: Path, states: Mapping[str, Any], settings: RunSettings) -> Watcher:
-    """Return who holds the ledger: its owner's file names the process, which is looked up where it is of this host."""
+    """Return who holds the ledger."""
     enforces = states.get("mode", {}).get("enforce", settings.enforce)
-    try:
-        owner = ledger.with_suffix(".owner").read_text(encoding="utf-8").strip()
-    except OSError:
-        return Watcher("", False, enforces)
-    words = owner.split()  # process PID on HOST
-    if len(words) < 4 or not words[1].isdecimal() or words[3] != socket.gethostname():
-        return Watcher(owner, None, enforces)
-    try:
-        os.kill(int(words[1]), 0)
-    except ProcessLookupError:
-        return Watcher(owner, False, enforces)
-    except OSError:  # it is another user's
-        pass
-    return Watcher(owner, True, enforces)
+    owner, alive = owner_of(ledger)
+    return Watcher(owner, alive, enforces)
 
 
 def _trainer_limits(folder: Path) -> Limits | None:

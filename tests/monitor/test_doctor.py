@@ -16,6 +16,7 @@ from rksp_monitor.cli import run
 from rksp_monitor.discovery import Sighting
 from rksp_monitor.endpoint import serve
 from rksp_monitor.ledger import open_ledger
+from rksp_monitor.ownership import owned
 from tests.monitor import tiny_model
 from tests.monitor.certificates import make_certificate
 
@@ -139,6 +140,10 @@ def test_a_damaged_hold_a_watcher_and_a_taken_address_are_said(
     with open_ledger(ledger, "one"):
         out = doctor(folder, "--config", settings(tmp_path), capsys=capsys, code=0)
     assert f"--    already watched by process {os.getpid()} on " in out
+    (folder / "control").mkdir(exist_ok=True)
+    with owned(folder / "control" / "watcher"):  # of a watcher with another state folder
+        out = doctor(folder, "--config", settings(tmp_path), capsys=capsys, code=0)
+    assert f"control gets its orders from process {os.getpid()} on " in " ".join(out.split())
 
 
 @pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 import structlog
 
 from rksp_core import ProfileWriter
+from rksp_core.control import ControlWriter
 from rksp_monitor import run_thread
 from rksp_monitor.config import RunEntry
 from rksp_monitor.desk import Desk
@@ -17,6 +21,7 @@ from rksp_monitor.discovery import Scanner
 from rksp_monitor.history import read_history
 from rksp_monitor.judge import Judge
 from rksp_monitor.metrics import Board
+from rksp_monitor.orders import sole_orderer
 from rksp_monitor.run_thread import RunThread, Task
 from rksp_monitor.watcher import Surroundings
 from tests.core.profiles import profile
@@ -82,6 +87,19 @@ def test_a_suspension_forgets_neither_what_was_judged_nor_the_worst_level(tmp_pa
     run = live(full, Task(until_step=200), policy={"clear_after": 1})
     assert (run.judged, run.level) == (15, 2)
     assert told.count("run_suspended") == 1, "the same problem is told once"
+
+
+def test_a_control_folder_takes_orders_from_one_watcher_whatever_its_state_folder(tmp_path: Path, live: Live):
+    ProfileWriter(tmp_path, every=10).write(profile(), 10)
+    control = ControlWriter(tmp_path / "control")
+    with sole_orderer(control):
+        refused = live({}, Task(once=True), enforce=True)
+        assert f"gets its orders from process {os.getpid()} on {socket.gethostname()} already" in str(refused.error)
+        assert (refused.judged, refused.result) == (0, None)
+        assert live({}, Task(once=True)).judged == 1, "who only observes is in nobody's way"
+        assert stat.S_IMODE((tmp_path / "control" / "watcher.lock").stat().st_mode) == 0o600
+    assert live({}, Task(once=True), enforce=True).error is None
+    assert [path.name for path in (tmp_path / "control").iterdir()] == ["watcher.lock"]
 
 
 def test_what_was_unlike_the_old_baseline_is_judged_against_the_new_one(tmp_path: Path, live: Live):

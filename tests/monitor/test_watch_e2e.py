@@ -124,7 +124,7 @@ def test_from_profiles_to_an_order_and_its_acknowledgement(run: Path, start):
     healthy(run, range(10, 110, 10))
     until(lambda: watcher.metric("rksp_checkpoint_last_processed_step") == 100)
     assert watcher.metric("rksp_risk_level") == 0
-    assert not (run / "control").exists()
+    assert not (run / "control" / "desired.json").exists()
     ProfileWriter(run, every=10).write(profile(**ALARM), 110)
     until(lambda: watcher.metric("rksp_risk_level") == 2)
     trainer = ControlListener(run / "control", "run")
@@ -259,11 +259,14 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(run: Path, flags: tuple[str, 
 
 def test_a_second_watcher_is_refused(run: Path, start):
     healthy(run, range(10, 20, 10))
-    first = start()
+    first = start("--enforce")
     until(lambda: first.metric("rksp_checkpoints_processed_total") == 1)
     second = once(run)
     assert second.returncode == 2
     assert f"already watched by process {first.process.pid}" in second.stderr
+    elsewhere = once(run, "--enforce", "--state-dir", str(run.parent / "state"))
+    assert elsewhere.returncode == 2
+    assert f"gets its orders from process {first.process.pid}" in elsewhere.stderr
 
 
 def test_a_folder_that_comes_later_is_waited_for(run: Path, start):

@@ -1,0 +1,64 @@
+"""Who is the owner: one at a time, and nobody once its process is gone, however it went."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rksp_core.control import ControlWriter
+from rksp_core.errors import ConfigError
+from rksp_monitor.orders import sole_orderer
+from rksp_monitor.ownership import Owned, owned, owner_of
+
+OWNING = """
+import sys, time
+from pathlib import Path
+from rksp_monitor.ownership import owned
+with owned(Path(sys.argv[1])):
+    print("owned", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_one_is_told_who_is_first_and_a_killed_one_blocks_nobody(tmp_path: Path):
+    path = tmp_path / "watcher"
+    process = subprocess.Popen([sys.executable, "-c", OWNING, str(path)], stdout=subprocess.PIPE, text=True)
+    first = f"process {process.pid} on {socket.gethostname()}"
+    try:
+        assert process.stdout.readline() == "owned\n"
+        assert owner_of(path) == (first, True)
+        with pytest.raises(Owned, match=first), owned(path):
+            pass
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert owner_of(path) == (first, False), "what it left"
+    with owned(path):
+        assert owner_of(path) == (f"process {os.getpid()} on {socket.gethostname()}", True)
+    assert owner_of(path) == ("", False)
+
+
+def test_of_another_host_nothing_is_known(tmp_path: Path):
+    (tmp_path / "watcher.owner").write_text("process 1 on elsewhere\n")
+    assert owner_of(tmp_path / "watcher") == ("process 1 on elsewhere", None)
+
+
+def test_a_group_that_shares_the_control_folder_shares_its_lock(tmp_path: Path):
+    control = ControlWriter(tmp_path / "control", mode=0o640)
+    with sole_orderer(control):
+        assert (tmp_path / "control" / "watcher.lock").stat().st_mode & 0o777 == 0o660
+        with pytest.raises(ConfigError, match=r"let one of the two observe"), sole_orderer(control):
+            pass
+
+
+def test_a_control_folder_that_cannot_be_made_is_no_reason_not_to_watch(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with sole_orderer(ControlWriter(tmp_path / "file" / "control")):
+        pass
