@@ -7,8 +7,10 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 
+from rksp_core.errors import ConfigError
 from rksp_monitor.config import RunEntry, WatchSettings
 from rksp_monitor.remote import as_path, is_local
 
@@ -55,14 +57,36 @@ def _is_gone(folder: Path) -> bool:
 
 
 class Roster:
-    """Looks for run folders in a thread of its own: a network file system that hangs must not hang the session."""
+    """Looks for run folders in a thread of its own: a network file system that hangs must not hang the session.
 
-    def __init__(self, settings: WatchSettings, wake: Callable[[], None]) -> None:
+    Parameters
+    ----------
+    settings
+        Name the folders.
+    wake
+        Called when other folders are there than at the last look.
+    patience
+        Seconds that the first look may take; None waits for it.
+
+    Raises
+    ------
+    ConfigError
+        When a URL cannot be opened, or the first look takes longer.
+    """
+
+    def __init__(self, settings: WatchSettings, wake: Callable[[], None], *, patience: float | None = None) -> None:
         self._settings, self._wake = settings, wake
-        self._found: Found = find_runs(settings)
         self._stop = threading.Event()
-        if any(is_pattern(entry.folder) for entry in settings.runs):
-            threading.Thread(target=self._look, name="roster", daemon=True).start()
+        first = Future[Found]()
+        threading.Thread(target=self._live, args=(first,), name="roster", daemon=True).start()
+        try:
+            self._found = first.result(patience)
+        except TimeoutError as error:
+            self.close()
+            raise ConfigError(
+                f"the folders of `runs:` were not looked up within {patience:g} s; does each of their file systems "
+                "answer?"
+            ) from error
 
     @property
     def runs(self) -> Found:
@@ -72,6 +96,16 @@ class Roster:
     def close(self) -> None:
         """Look no more."""
         self._stop.set()
+
+    def _live(self, first: Future[Found]) -> None:
+        try:
+            self._found = find_runs(self._settings)
+            first.set_result(self._found)
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+            first.set_exception(error)
+        else:
+            if any(is_pattern(entry.folder) for entry in self._settings.runs):
+                self._look()
 
     def _look(self) -> None:
         while not self._stop.wait(max(LEAST_SECONDS, self._settings.poll_interval)):

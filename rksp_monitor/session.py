@@ -34,6 +34,7 @@ Read = Callable[[], WatchSettings]
 
 PASS, RISK, INCONCLUSIVE = 0, 1, 3
 SILENCE_LIMIT = 60.0  # seconds without a sign of life from every run before /healthz says so
+RELOAD_SECONDS = 5.0  # that a look for the folders of new settings may take; the runs are not supervised meanwhile
 BEAT_SECONDS = 1.0  # between two looks at the runs
 SWITCH_SECONDS = 0.001  # that a thread may compute while another waits: a scrape needs its turn a dozen times
 PARTING_SECONDS = 10.0  # that a run gets to end; one that hangs in a system call never does
@@ -306,7 +307,7 @@ class Session:
                 fresh = fresh.model_copy(update={name: getattr(self.settings, name) for name in fixed})
             if not fresh.runs:
                 raise ConfigError("there is no run left to watch")
-            roster = Roster(fresh, self._wake.set)
+            roster = Roster(fresh, self._wake.set, patience=RELOAD_SECONDS)
         except RkspError as error:
             self._log.error("settings not reloaded", problem=str(error))
             return

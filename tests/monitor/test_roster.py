@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rksp_core.errors import ConfigError
 from rksp_monitor import roster
 from rksp_monitor.config import RunEntry, WatchSettings
 from rksp_monitor.roster import Roster
@@ -46,6 +47,25 @@ def test_new_folders_are_found_and_removed_ones_are_not_kept(runs: Path, found: 
     (runs / "c").mkdir()
     assert changed.wait(60)
     assert names(found) == ["b", "c"]
+
+
+def test_a_file_system_that_hangs_holds_up_a_reload_for_a_moment(runs: Path, monkeypatch: pytest.MonkeyPatch):
+    answers = threading.Event()
+    real = roster.glob.glob
+    monkeypatch.setattr(roster.glob, "glob", lambda pattern: (answers.wait(60), real(pattern))[1])
+    settings = WatchSettings(poll_interval=0.01, runs=(RunEntry(folder=f"{runs}/*"),))
+    with pytest.raises(ConfigError, match=r"not looked up within 0\.1 s; does each of their file systems answer"):
+        Roster(settings, lambda: None, patience=0.1)
+    answers.set()
+    made = Roster(settings, lambda: None, patience=60.0)
+    made.close()
+    assert names(made) == ["a", "b"]
+
+
+def test_a_mistake_of_the_first_look_is_said(runs: Path):
+    settings = WatchSettings(runs=(RunEntry(folder="nowhere://bucket/run"),))
+    with pytest.raises(ConfigError, match="nowhere"):
+        Roster(settings, lambda: None)
 
 
 def test_a_folder_that_cannot_be_asked_for_is_not_taken_for_removed(
