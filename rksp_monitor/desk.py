@@ -45,13 +45,7 @@ class Desk:
         """Wait for a seat: whoever sits is soon up, or soon counts no more."""
         self._own.depth = getattr(self._own, "depth", 0) + 1
         if self._own.depth == 1:
-            self._own.guest = guest = _Guest()
-            with self._lock:
-                self._queue.append(guest)
-                self._admit()
-            while not guest.called.wait(self._lease):
-                with self._lock:
-                    self._admit()
+            self._sit()
         return self
 
     def __exit__(
@@ -60,9 +54,27 @@ class Desk:
         """Leave the seat."""
         self._own.depth -= 1
         if self._own.depth == 0:
+            self._rise()
+
+    def rest(self) -> None:
+        """Let those who wait go first, once the lease of one's own seat is over: called in the midst of long work."""
+        if self._queue and time.monotonic() > self._own.guest.until:
+            self._rise()
+            self._sit()
+
+    def _sit(self) -> None:
+        self._own.guest = guest = _Guest()
+        with self._lock:
+            self._queue.append(guest)
+            self._admit()
+        while not guest.called.wait(self._lease):
             with self._lock:
-                self._seated.remove(self._own.guest)
                 self._admit()
+
+    def _rise(self) -> None:
+        with self._lock:
+            self._seated.remove(self._own.guest)
+            self._admit()
 
     def _admit(self) -> None:
         """Seat those who wait, as long as there is room."""

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from rksp_core.profile_writer import FOLDER as PROFILES
 from rksp_monitor.checkpoints.names import is_candidate, shown, step_in
+from rksp_monitor.desk import Desk
 from rksp_monitor.file_events import FileEvents
 from rksp_monitor.filesystem import filesystem_of
 from rksp_monitor.listing import names_in
@@ -65,10 +66,11 @@ class Scanner:
         self._rooms: dict[Path, _Room] = {}
         self._sightings: list[Sighting] = []
 
-    def scan(self, tick: Callable[[], None] = lambda: None) -> list[Sighting]:
+    def scan(self, tick: Callable[[], None] = lambda: None, rest: Callable[[], None] = lambda: None) -> list[Sighting]:
         """Return what is in the folder now, by step; a folder that is not there (yet) holds nothing.
 
-        The same list is returned until something in it changes. ``tick`` is called every few seconds.
+        The same list is returned until something in it changes. ``tick`` is called every few seconds, ``rest`` after
+        each look at a file.
 
         Raises
         ------
@@ -77,7 +79,7 @@ class Scanner:
             that refuses us): nothing is known of it then, and the next scan may work. A folder without permission is
             named in `unreadable` instead.
         """
-        pulse = _Pulse(tick)
+        pulse = _Pulse(tick, rest)
         here = self._scan(self.folder, pulse)
         folders = [self.folder]
         for folder in self._inner(here):
@@ -140,7 +142,7 @@ def watch(
     interval: float,
     events: FileEvents | None = None,
     tick: Callable[[], None] = lambda: None,
-    desk: contextlib.AbstractContextManager[object] | None = None,
+    desk: Desk | None = None,
 ) -> Iterator[list[Sighting]]:
     """Yield one scan after another until ``stop`` is set.
 
@@ -157,7 +159,7 @@ def watch(
     tick
         Called every few seconds: a sign of life for the supervisor, however long the interval is.
     desk
-        Entered for each scan: a `rksp_monitor.desk.Desk`, say.
+        Where a seat is taken for each scan; None takes none.
 
     Raises
     ------
@@ -169,8 +171,7 @@ def watch(
         least = 0.0
         while not stop.is_set():
             wake.clear()
-            with desk or contextlib.nullcontext():
-                sightings, scanned = scanner.scan(tick), time.monotonic()
+            sightings, scanned = scan_at(desk, scanner, tick), time.monotonic()
             if listener is not None and listener.follow(scanner.folders):
                 wake.set()  # what appeared there before we listened sent no event
             yield sightings
@@ -181,6 +182,14 @@ def watch(
             share, least = random.uniform(least, 1.0), 0.9  # noqa: S311
             if _wait(wake, share * (min(interval, SETTLE_SECONDS) if settling else interval), tick):
                 stop.wait(max(0.0, SHORTEST_WAIT - (time.monotonic() - scanned)))
+
+
+def scan_at(desk: Desk | None, scanner: Scanner, tick: Callable[[], None]) -> list[Sighting]:
+    """Return what a scan at the desk finds, in which others may go first after each look."""
+    if desk is None:
+        return scanner.scan(tick)
+    with desk:
+        return scanner.scan(tick, desk.rest)
 
 
 def _wait(wake: threading.Event, seconds: float, tick: Callable[[], None]) -> bool:
@@ -303,12 +312,13 @@ def _is_text(name: str) -> bool:
 
 
 class _Pulse:
-    """A sign of life every few seconds, from a loop that turns faster."""
+    """A sign of life every few seconds, from a loop that turns faster; and a rest at each turn."""
 
-    def __init__(self, tick: Callable[[], None]) -> None:
-        self._tick, self._last = tick, time.monotonic()
+    def __init__(self, tick: Callable[[], None], rest: Callable[[], None]) -> None:
+        self._tick, self._rest, self._last = tick, rest, time.monotonic()
 
     def __call__(self) -> None:
+        self._rest()
         if time.monotonic() - self._last >= TICK_SECONDS:
             self._tick()
             self._last = time.monotonic()

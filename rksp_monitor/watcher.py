@@ -37,7 +37,7 @@ from rksp_core.reference import Reference
 from rksp_monitor.checkpoints import Kind, profile_file
 from rksp_monitor.config import Every, RunSettings
 from rksp_monitor.desk import Desk
-from rksp_monitor.discovery import FileEvents, Scanner, Sighting, watch
+from rksp_monitor.discovery import FileEvents, Scanner, Sighting, scan_at, watch
 from rksp_monitor.filesystem import is_remote
 from rksp_monitor.hold import hold_file, read_hold
 from rksp_monitor.judge import Judge
@@ -154,7 +154,7 @@ class RunWatcher:
         )
         self._scanner = Scanner(run.folder, known=ledger.known())
         # A look at a network file system waits more than it computes: it may do so beside others.
-        self._scans_at = contextlib.nullcontext() if is_remote(run.folder) else around.desk
+        self._scans_at = None if is_remote(run.folder) else around.desk
         self._subject, self._model_now = subject, model_now
         self._noted: list[Sighting] = []
         self._present: set[Path] = set()
@@ -310,8 +310,7 @@ class RunWatcher:
             raise Abandoned
         if time.monotonic() - self._last_scan > self._around.poll_interval:
             with contextlib.suppress(OSError):  # a folder that cannot be listed now is no fault of this checkpoint
-                with self._scans_at:
-                    sightings = self._scanner.scan(self._ending.tick)
+                sightings = scan_at(self._scans_at, self._scanner, self._ending.tick)
                 with self._around.desk:
                     self._note(sightings)
             self._last_scan = time.monotonic()

@@ -65,6 +65,30 @@ def test_one_that_hangs_keeps_its_seat_no_longer_than_its_lease():
         pass
 
 
+def test_long_work_that_rests_lets_those_who_wait_go_first_and_goes_on_after_them():
+    desk, order = Desk(1, FOREVER), list[str]()
+
+    def work() -> None:
+        with desk:
+            desk.rest()  # not before its lease is over
+            order.append("long")
+            until(lambda: desk._queue)
+            desk.rest()
+            order.append("still")
+            desk._own.guest.until = 0.0
+            desk.rest()
+            assert len(desk._seated) == 1
+            order.append("longer")
+
+    with ThreadPoolExecutor(1) as threads:
+        working = threads.submit(work)
+        until(lambda: order)
+        with desk:
+            order.append("short")
+        working.result()
+    assert order == ["long", "still", "short", "longer"]
+
+
 def test_a_thread_that_has_a_seat_takes_no_second_and_an_error_leaves_it():
     desk = Desk(1, FOREVER)
     with pytest.raises(OSError, match="no"), desk, desk:
