@@ -15,6 +15,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from rksp_monitor.subject import SubjectSettings
 from rksp_monitor.worker_process import GIB, WorkerEnded, WorkerProcess
 
 CLOSING_SECONDS = 2.0  # that `ReplayPool.close` waits for a thread to notice; then its worker is ended under it
-WAIT_SECONDS = 0.25  # between two signs of life of a run that waits for its turn
+WAIT_SECONDS = 0.25  # between two signs of life of a run whose checkpoint is replayed or waits for its turn
 STARTS = 2  # attempts to start a worker: one that is killed while it starts is no reason to suspend a run
 
 Report = Callable[[str, Mapping[str, Any]], None]
@@ -62,7 +63,7 @@ class ReplayPool:
     stop
         When set, replays that wait or run are given up.
     report
-        Called, in a run's thread, with ("started", {device, pid, run}), ("built", {device, pid, run, model, kind,
+        Called, in a thread of a replay, with ("started", {device, pid, run}), ("built", {device, pid, run, model, kind,
         probe}) or ("ended", {device, pid, run, reason}); ``run`` is the one whose replay brought it about. That the
         workers end when the daemon stops is not reported.
     """
@@ -108,7 +109,7 @@ class ReplayPool:
         for place in list(self._places.values()):
             with contextlib.suppress(TimeoutError), place.turn(place.join(Turns()), _until(CLOSING_SECONDS)):
                 place.end()
-            place.kill()  # a thread that hangs in its own tick did not hand it back
+            place.kill()  # it was not handed back in time
 
     def join(self, device: str, turns: Turns, last: _Place | None, *, aside: bool = False) -> tuple[_Place, _Ticket]:
         """Queue up where a run of that device belongs: the shortest queue, and of equal ones the one it used last.
@@ -119,16 +120,6 @@ class ReplayPool:
             places = [self._place(name, aside=aside) for name in self._candidates(device)]
             place = min(places, key=lambda one: (one.waiting, one is not last))
             return place, place.join(turns)
-
-    def give_up(self, place: _Place) -> bool:
-        """Leave a place to the run that hangs there, without its worker; return whether this is news."""
-        with self._lock:
-            if place.lost:
-                return False
-            place.lost = True
-            self._places = {key: one for key, one in self._places.items() if one is not place}
-        place.kill()
-        return True
 
     def _place(self, device: str, *, aside: bool) -> _Place:
         return self._places.setdefault((device, aside), _Place(device, aside=aside))
@@ -184,37 +175,41 @@ class Replayer:
         Abandoned
             When the daemon stops.
         """
-        while True:
-            # What hung or killed its worker is tried again in another one, where nobody has to wait for it.
-            place, ticket = self._pool.join(self._settings.device, self._turns, self._last, aside=self.aside)
-            self._last = place
-            try:
-                return self._replay_in_turn(place, ticket, path, noise, tick)
-            except _Lost:
-                if self._pool.give_up(place):
-                    self._report(place, "ended", reason="the run that it worked for gives no sign of life")
+        outcome, given_up = Future[Replayed](), threading.Event()
+        arguments = outcome, given_up, path, noise
+        # In a thread of its own: a run that hangs in its tick, on a dead mount say, keeps no device from the others.
+        threading.Thread(target=self._settle, args=arguments, name=f"replay of {self._run}", daemon=True).start()
+        try:
+            while not outcome.done():
+                tick()
+                wait([outcome], WAIT_SECONDS)
+        except BaseException:
+            given_up.set()
+            wait([outcome])
+            raise
+        return outcome.result()
 
-    def _replay_in_turn(
-        self, place: _Place, ticket: _Ticket, path: Path, noise: bool, tick: Callable[[], None]
-    ) -> Replayed:
-        def sign_of_life() -> None:
-            if place.is_served(ticket):
-                place.alive_until = time.monotonic() + self._timeout
-            tick()
-            if self._pool.stopping:
+    def _settle(self, outcome: Future[Replayed], given_up: threading.Event, path: Path, noise: bool) -> None:
+        try:
+            outcome.set_result(self._replay_in_turn(path, noise, given_up))
+        except BaseException as error:  # noqa: BLE001 - raised in the run's thread
+            outcome.set_exception(error)
+
+    def _replay_in_turn(self, path: Path, noise: bool, given_up: threading.Event) -> Replayed:
+        # What hung or killed its worker is tried again in another one, where nobody has to wait for it.
+        place, ticket = self._pool.join(self._settings.device, self._turns, self._last, aside=self.aside)
+        self._last = place
+
+        def check() -> None:
+            if given_up.is_set() or self._pool.stopping:
                 raise Abandoned
-            if place.lost and place.is_served(ticket):
-                raise CheckpointError(
-                    f"the replay of {path.name} was given up: its run gave no sign of life for {self._timeout:g} s; "
-                    "does its file system answer?"
-                )
 
-        with place.turn(ticket, sign_of_life):
+        with place.turn(ticket, check):
             try:
-                sign_of_life()
-                replayed = self._replay(place, path, noise, sign_of_life)
+                check()
+                replayed = self._replay(place, path, noise, check)
             finally:
-                if place.worker is not None and (place.lost or (place.aside and place.waiting == 1)):
+                if place.aside and place.worker is not None and place.waiting == 1:
                     self._end(place, "nothing else is replayed aside")
             self.aside = False
             return replayed
@@ -276,17 +271,13 @@ class Replayer:
         return worker
 
     def _end(self, place: _Place, reason: str) -> None:
-        if not self._pool.stopping and not place.lost:
+        if not self._pool.stopping:
             self._report(place, "ended", reason=reason)
         place.end()
 
     def _report(self, place: _Place, what: str, **about: Any) -> None:
         pid = place.worker.pid if place.worker else None
         self._pool.report(what, {"device": place.device, "pid": pid, "run": self._run, **about})
-
-
-class _Lost(Exception):  # noqa: N818 - the replay goes on elsewhere
-    """Whoever is served gives no sign of life."""
 
 
 @dataclass
@@ -298,11 +289,10 @@ class Turns:
 
 @dataclass(eq=False)
 class _Ticket:
-    """One request. ``here`` says that its thread waits, and would take its turn now: it may hang in its own tick."""
+    """One request of a run."""
 
     turns: Turns
     called: threading.Event = field(default_factory=threading.Event)
-    here: bool = False
 
 
 class _Place:
@@ -314,8 +304,6 @@ class _Place:
         self._tickets: list[_Ticket] = []  # in the order of arrival
         self._served: _Ticket | None = None
         self._lock = threading.Lock()
-        self.alive_until = math.inf  # whoever is served gave a sign of life, and should give another one by then
-        self.lost = False  # it did not, and nobody waits here any more
 
     @property
     def waiting(self) -> int:
@@ -327,54 +315,30 @@ class _Place:
         ticket = _Ticket(turns)
         with self._lock:
             self._tickets.append(ticket)
+            self._call()
         return ticket
 
     @contextlib.contextmanager
     def turn(self, ticket: _Ticket, tick: Callable[[], None]) -> Iterator[None]:
-        """Wait for one's turn, and have it for the length of the block; what ``tick`` raises ends the wait.
-
-        Raises
-        ------
-        _Lost
-            When whoever is served hangs in a tick of its own: on a dead mount, for instance.
-        """
+        """Wait for one's turn, and have it for the length of the block; what ``tick`` raises ends the wait."""
         try:
-            while not self._is_called(ticket):
-                if time.monotonic() > self.alive_until:
-                    raise _Lost
+            while not ticket.called.wait(WAIT_SECONDS):
                 tick()
-            if self.lost:
-                raise _Lost
             yield
         finally:
             with self._lock:
                 self._tickets.remove(ticket)
                 if self._served is ticket:
-                    self._served, self.alive_until = None, math.inf
+                    self._served = None
                 self._call()
 
-    def is_served(self, ticket: _Ticket) -> bool:
-        """Whether it is the ticket's turn."""
-        return self._served is ticket
-
-    def _is_called(self, ticket: _Ticket) -> bool:
-        """Whether it is the ticket's turn, now or soon."""
-        with self._lock:
-            ticket.here = True
-            self._call()
-        ticket.called.wait(WAIT_SECONDS)
-        with self._lock:
-            ticket.here = False
-            return self.is_served(ticket)
-
     def _call(self) -> None:
-        """Give a free device to the run whose last turn is longest ago, of those whose threads are there to take it.
+        """Give a free device to the run whose last turn is longest ago.
 
-        Only that thread wakes up: fifty that look whether it is their turn would be in the way of everybody else.
+        Only its thread wakes up: fifty that look whether it is their turn would be in the way of everybody else.
         """
-        here = [ticket for ticket in self._tickets if ticket.here]
-        if self._served is None and here:
-            self._served = min(here, key=lambda ticket: ticket.turns.last)
+        if self._served is None and self._tickets:
+            self._served = min(self._tickets, key=lambda ticket: ticket.turns.last)
             self._served.turns.last = time.monotonic()
             self._served.called.set()
 
