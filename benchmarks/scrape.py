@@ -3,9 +3,10 @@
     python benchmarks/scrape.py [--runs 50] [--clients 50] [--scrapes 300]
 
 A board of 50 runs, every gauge set, is served by a process of its own, where each second every gauge of every run gets
-another value; another scrapes it, one request after the other, as Prometheus does. Half of the hanging clients send half a request line and nothing more, half send nothing at all (in
-TLS, both hang in the handshake). Guessing clients try wrong passwords as fast as they are answered. Prints p50 and p99,
-each also as a ratio of the same scrapes without other clients.
+another value; another scrapes it, one request after the other, as Prometheus does. Half of the hanging clients send
+half a request line and nothing more, half send nothing at all (in TLS, both hang in the handshake). Guessing clients
+try wrong passwords as fast as they are answered. Prints p50 and p99, each also as a ratio of the same scrapes without
+other clients.
 """
 
 from __future__ import annotations
