@@ -1,0 +1,113 @@
+"""What is known of a run before its first step, as the few numbers that its risk is estimated from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from rksp_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rksp_core.lookahead import LookAhead
+
+LARGEST_RISE = 6.0  # e^6 = 400 times: what is beyond, or not finite, is no worse
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One number: what it is called, what it is in words, and whether more of it may never mean less risk."""
+
+    name: str
+    words: str
+    risky: bool = False
+
+
+FEATURES = (
+    Feature("log_learning_rate", "the learning rate", risky=True),
+    Feature("lion", "the optimizer (Lion)"),
+    Feature("sgd", "the optimizer (SGD)"),
+    Feature("log_depth", "the depth"),
+    Feature("log_width", "the width"),
+    Feature("loss_rise", "the rise of the loss in the look-ahead", risky=True),
+    Feature("gradient_rise", "the rise of the gradient norm in the look-ahead", risky=True),
+    Feature("hidden_rise", "the growth of the hidden states in the look-ahead", risky=True),
+)
+NAMES = tuple(feature.name for feature in FEATURES)
+
+# Optimizers whose rates have one scale are one family: Adam is AdamW without decay.
+FAMILIES = MappingProxyType({"adamw": "adamw", "adam": "adamw", "lion": "lion", "sgd": "sgd"})
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run that is about to start.
+
+    Attributes
+    ----------
+    learning_rate
+        The peak rate, > 0.
+    optimizer
+        One of `FAMILIES`.
+    depth, width
+        Blocks of the model, and of its residual stream.
+    losses, gradient_norms
+        Of the look-ahead at the full rate, one a step; None where not finite.
+    hidden_rms
+        Of the last block's output, before and after the look-ahead; None where not finite.
+    finite
+        Whether everything of the look-ahead stayed finite.
+    """
+
+    learning_rate: float
+    optimizer: str
+    depth: int
+    width: int
+    losses: Sequence[float | None]
+    gradient_norms: Sequence[float | None]
+    hidden_rms: tuple[float | None, float | None]
+    finite: bool
+
+    @classmethod
+    def of(cls, look_ahead: LookAhead, *, learning_rate: float, optimizer: str, depth: int, width: int) -> Launch:
+        """Return the launch that this look-ahead was made for."""
+        rms = look_ahead.hidden_rms_before, look_ahead.hidden_rms_after
+        given = look_ahead.losses, look_ahead.gradient_norms, rms, look_ahead.finite
+        return cls(learning_rate, optimizer, depth, width, *given)
+
+    def features(self) -> Mapping[str, float]:
+        """Return the numbers by the names of `FEATURES`.
+
+        Rises are natural logarithms of the largest figure of the look-ahead over the first, within `LARGEST_RISE`;
+        one that did not stay finite has the largest. So they have no unit, and do not depend on the vocabulary.
+
+        Raises
+        ------
+        ConfigError
+            When the optimizer is of no family, or the rate is not positive.
+        """
+        family = FAMILIES.get(self.optimizer)
+        if family is None:
+            raise ConfigError(f"no risk is known for the optimizer {self.optimizer!r}; known are {', '.join(FAMILIES)}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ConfigError(f"the learning rate must be positive, got {self.learning_rate}")
+        before, after = self.hidden_rms
+        return {
+            "log_learning_rate": math.log(self.learning_rate),
+            "lion": float(family == "lion"),
+            "sgd": float(family == "sgd"),
+            "log_depth": math.log(self.depth),
+            "log_width": math.log(self.width),
+            "loss_rise": self._rise(self.losses),
+            "gradient_rise": self._rise(self.gradient_norms),
+            "hidden_rise": self._rise((before, after)),
+        }
+
+    def _rise(self, figures: Sequence[float | None]) -> float:
+        first, *later = figures if len(figures) > 1 else (None, None)
+        if not self.finite or first is None or first <= 0 or None in later:
+            return LARGEST_RISE
+        largest = max(value for value in later if value is not None)
+        return min(max(math.log(max(largest, 1e-300) / first), -LARGEST_RISE), LARGEST_RISE)

@@ -1,0 +1,132 @@
+"""Fit a risk model to runs whose outcome is known: penalized logistic regression under sign constraints.
+
+    minimize  -sum_i log P(outcome_i | x_i) + (ridge / 2) |w|^2    over c and w,    w_j >= 0 where more is risky
+
+The ridge is chosen by cross-validated log loss over the same runs; no other run is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.spatial import KDTree
+from scipy.special import expit
+
+from rksp_core.errors import ConfigError
+from rksp_core.launch import FEATURES, Launch
+from rksp_core.risk_model import RiskModel
+
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+FOLDS = 8
+BOOTSTRAP = 200  # samples
+REACH = 0.99  # quantile of the distances between a run and its nearest: as far as the model answers
+SAME = 0.02  # the scale of what is the same in all runs, so that any other value is far away
+LEAST_RUNS = 30  # and so many of either outcome as there are features
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run whose outcome is known: how it was launched, and whether it diverged. ``name`` is said to users."""
+
+    name: str
+    launch: Launch
+    diverged: bool
+
+
+def fit(
+    runs: Sequence[Finished],
+    *,
+    horizon: int,
+    look_ahead_steps: int,
+    seed: int = 0,
+    about: Mapping[str, Any] | None = None,
+) -> RiskModel:
+    """Return the model that these runs give.
+
+    Parameters
+    ----------
+    runs
+        In any order: the result depends on their content and the seed only. Runs of one configuration that differ in
+        their seed only count as so many runs, and make the intervals too narrow.
+    horizon
+        Steps within which they diverged or did not.
+    look_ahead_steps
+        Of each one's look-ahead.
+    seed
+        Of the folds and the bootstrap.
+
+    Raises
+    ------
+    ConfigError
+        When there are too few of them, or too few of one outcome.
+    """
+    runs = sorted(runs, key=lambda run: run.name)
+    y = np.array([run.diverged for run in runs], dtype=float)
+    least = len(FEATURES)
+    if len(runs) < LEAST_RUNS or min(y.sum(), (1 - y).sum()) < least:
+        raise ConfigError(
+            f"{len(runs)} runs, {int(y.sum())} of them diverged, are too few to fit a risk to; give at least "
+            f"{LEAST_RUNS}, {least} of either outcome"
+        )
+    raw = np.array([list(run.launch.features().values()) for run in runs])  # (n, p)
+    mean, scale = raw.mean(axis=0), raw.std(axis=0)
+    scale[scale == 0] = SAME
+    x = (raw - mean) / scale
+    random = np.random.default_rng(seed)
+    ridge = _best_ridge(x, y, random)
+    weights = [_weights(x, y, ridge)]
+    while len(weights) <= BOOTSTRAP:
+        chosen = random.integers(0, len(y), len(y))
+        if 0 < y[chosen].sum() < len(y):
+            weights.append(_weights(x[chosen], y[chosen], ridge))
+    return RiskModel(
+        mean=mean,
+        scale=scale,
+        weights=np.array(weights),
+        runs=x,
+        names=tuple(run.name for run in runs),
+        limit=_limit(x),
+        horizon=horizon,
+        look_ahead_steps=look_ahead_steps,
+        about={**(about or {}), "runs": len(runs), "diverged": int(y.sum()), "ridge": ridge, "seed": seed},
+    )
+
+
+def _weights(x: np.ndarray, y: np.ndarray, ridge: float) -> np.ndarray:
+    """(n, p), (n,) -> (1 + p,)."""
+    design = np.column_stack([np.ones(len(x)), x])
+    penalty = np.array([0.0, *[ridge] * x.shape[1]])
+
+    def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
+        odds = design @ w
+        value = float(np.logaddexp(0, odds).sum() - y @ odds + 0.5 * penalty @ w**2)
+        return value, design.T @ (expit(odds) - y) + penalty * w
+
+    bounds = [(None, None), *[(0.0 if feature.risky else None, None) for feature in FEATURES]]
+    found = minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B", bounds=bounds)
+    return np.asarray(found.x)
+
+
+def _best_ridge(x: np.ndarray, y: np.ndarray, random: np.random.Generator) -> float:
+    """Return the ridge of the smallest cross-validated log loss; each fold has its share of both outcomes."""
+    folds = np.empty(len(y), dtype=int)
+    for outcome in (0, 1):
+        members = random.permutation(np.flatnonzero(y == outcome))
+        folds[members] = np.arange(len(members)) % FOLDS
+    losses = {ridge: sum(_loss_of_fold(x, y, folds == fold, ridge) for fold in range(FOLDS)) for ridge in RIDGES}
+    return min(losses, key=losses.__getitem__)
+
+
+def _loss_of_fold(x: np.ndarray, y: np.ndarray, left_out: np.ndarray, ridge: float) -> float:
+    w = _weights(x[~left_out], y[~left_out], ridge)
+    odds = w[0] + x[left_out] @ w[1:]
+    return float(np.logaddexp(0, odds).sum() - y[left_out] @ odds)
+
+
+def _limit(x: np.ndarray) -> float:
+    nearest = np.asarray(KDTree(x).query(x, k=2)[0])  # the first is the run itself
+    return float(np.quantile(nearest[:, 1], REACH))

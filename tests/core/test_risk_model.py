@@ -1,0 +1,187 @@
+"""The risk model on planted runs: it finds what was planted, never rewards a higher rate, and knows its limits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+
+from rksp_core.errors import ConfigError
+from rksp_core.launch import LARGEST_RISE, NAMES, Launch
+from rksp_core.risk_fit import Finished, fit
+from rksp_core.risk_model import RiskModel
+
+
+def launch(rate: float = 0.01, loss_rise: float = 0.0, **changes: object) -> Launch:
+    calm = Launch(rate, "adamw", 4, 64, (3.0, 3.0 * math.exp(loss_rise)), (1.0, 1.0), (1.0, 1.0), finite=True)
+    return dataclasses.replace(calm, **changes)
+
+
+def planted(count: int, seed: int = 0, rate_effect: float = 2.0) -> list[Finished]:
+    """Runs that diverge with log-odds rate_effect (log rate - log .01) + 1.5 loss rise."""
+    random = np.random.default_rng(seed)
+    runs = []
+    for number in range(count):
+        rate, rise = math.exp(random.normal(math.log(0.01), 1.0)), random.normal(0, 1)
+        odds = rate_effect * math.log(rate / 0.01) + 1.5 * rise
+        shape = {"depth": int(random.choice([2, 4, 8])), "width": int(random.choice([32, 64]))}
+        runs.append(Finished(f"run-{number:05d}", launch(rate, rise, **shape), bool(random.random() < _sigmoid(odds))))
+    return runs
+
+
+def _sigmoid(odds: float) -> float:
+    return 1 / (1 + math.exp(-odds))
+
+
+@pytest.fixture(scope="module")
+def model() -> RiskModel:
+    return fit(planted(400), horizon=800, look_ahead_steps=20)
+
+
+def test_the_planted_probabilities_are_found():
+    found = fit(planted(2000), horizon=800, look_ahead_steps=20)
+    for rate, rise in [(0.005, 0.0), (0.01, 0.0), (0.02, 0.5), (0.02, -0.5)]:
+        risk = found.risk(launch(rate, rise))
+        expected = _sigmoid(2.0 * math.log(rate / 0.01) + 1.5 * rise)
+        assert risk.probability == pytest.approx(expected, abs=0.06)  # 2000 runs leave a standard error of about .015
+        assert risk.interval[0] < expected < risk.interval[1]
+
+
+def test_the_fit_is_that_of_a_library():
+    runs = planted(400)
+    ours = fit(runs, horizon=800, look_ahead_steps=20)
+    x, y = ours.runs, [run.diverged for run in sorted(runs, key=lambda run: run.name)]
+    theirs = LogisticRegression(C=1 / ours.about["ridge"], tol=1e-10, max_iter=10_000).fit(x, y)
+    assert (ours.weights[0, 1:] >= 0).sum() >= 2  # constraints that do not bind change nothing
+    expected = theirs.predict_proba(x)[:, 1]
+    got = [ours.risk(run.launch).probability for run in sorted(runs, key=lambda run: run.name)]
+    inside = [value is not None for value in got]
+    np.testing.assert_allclose(np.array(got)[inside].astype(float), expected[inside], atol=0.02)
+
+
+def test_more_rate_is_never_less_risk_even_where_the_runs_say_so():
+    upside_down = fit(planted(400, rate_effect=-2.0), horizon=800, look_ahead_steps=20)
+    assert upside_down.weights[:, 1 + NAMES.index("log_learning_rate")].max() == 0
+    assert upside_down.weights[:, 1 + NAMES.index("loss_rise")].min() > 0
+
+
+@given(st.floats(1e-4, 1.0), st.floats(1e-4, 1.0), st.floats(-3, 3))
+@settings(max_examples=50)
+def test_risk_grows_with_the_rate(model: RiskModel, one: float, other: float, rise: float):
+    low, high = (model.risk(launch(rate, rise)).probability for rate in sorted((one, other)))
+    if low is not None and high is not None:
+        assert low <= high
+
+
+def test_reasons_add_up_to_the_log_odds(model: RiskModel):
+    risk = model.risk(launch(0.03, 1.0))
+    odds = model.weights[0, 0] + sum(share for _, share in risk.reasons)
+    assert risk.probability == pytest.approx(_sigmoid(odds), rel=1e-10)
+    assert {name for name, _ in risk.reasons[:2]} == {"log_learning_rate", "loss_rise"}
+    assert [abs(share) for _, share in risk.reasons] == sorted((abs(s) for _, s in risk.reasons), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"width": 768}, "the width is 768, the runs have 32 to 64"),
+        ({"depth": 96}, "the depth is 96, the runs have 2 to 8"),
+        ({"optimizer": "lion"}, r"the optimizer \(Lion\) is 1, the runs have 0 to 0"),
+    ],
+)
+def test_a_launch_unlike_the_runs_gets_no_probability(model: RiskModel, changes: dict[str, object], words: str):
+    risk = model.risk(launch(**changes))
+    assert risk.probability is None
+    assert risk.interval is None
+    assert risk.distance > risk.limit
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(risk.outside)
+
+
+def test_a_hopeless_rate_is_no_unknown_one(model: RiskModel):
+    """Beyond the runs' rates the sign of the effect is known."""
+    assert model.risk(launch(100.0)).probability > 0.99
+
+
+def test_the_safe_rate_is_where_the_odds_cross(model: RiskModel):
+    c, w = model.weights[0, 0], dict(zip(NAMES, model.weights[0, 1:], strict=True))
+    x = dict(zip(NAMES, (np.array(list(launch(1.0).features().values())) - model.mean) / model.scale, strict=True))
+    others = c + sum(w[name] * x[name] for name in NAMES if name != "log_learning_rate")
+    place = NAMES.index("log_learning_rate")
+    wanted = math.log(0.2 / 0.8)
+    exact = math.exp(model.mean[place] + model.scale[place] * (wanted - others) / w["log_learning_rate"])
+    found = model.safe_rate(launch, np.geomspace(1e-4, 1, 5), 0.2)
+    assert found.rate == pytest.approx(exact, rel=1e-9)  # odds are linear in the logarithm of the rate
+    assert found.interval[0] < exact < found.interval[1]
+
+
+def test_no_crossing_is_said_by_its_side(model: RiskModel):
+    safe = model.safe_rate(launch, [1e-6, 1e-5], 0.5)
+    assert (safe.rate, safe.crossed, safe.highest) == (None, False, 1e-5)
+    hopeless = model.safe_rate(launch, [10.0, 100.0], 0.5)
+    assert (hopeless.rate, hopeless.crossed, hopeless.lowest) == (None, True, 10.0)
+
+
+def test_a_lucky_look_ahead_at_a_higher_rate_is_not_believed(model: RiskModel):
+    def lucky(rate: float) -> Launch:
+        return launch(rate, 3.0 if 0.004 < rate < 0.02 else 0.0)
+
+    assert model.safe_rate(lucky, [0.001, 0.003, 0.01, 0.03], 0.5).rate < 0.01
+
+
+def test_a_look_ahead_that_blew_up_has_the_largest_rise():
+    features = launch(finite=False, losses=(3.0, None), hidden_rms=(1.0, None)).features()
+    assert features["loss_rise"] == features["gradient_rise"] == features["hidden_rise"] == LARGEST_RISE
+    assert launch(loss_rise=50.0).features()["loss_rise"] == LARGEST_RISE
+
+
+def test_a_model_survives_its_file(model: RiskModel, tmp_path: Path):
+    model.write(tmp_path / "risk.json")
+    again = RiskModel.read(tmp_path / "risk.json")
+    assert again.sha256 == model.sha256
+    assert again.risk(launch(0.02)).probability == pytest.approx(model.risk(launch(0.02)).probability, rel=1e-4)
+    again.write(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "risk.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": "rksp.profile/1"}, "has schema 'rksp.profile/1', expected 'rksp.risk_model/1'"),
+        ({"limit": 1000.0}, "was changed after it was made"),
+        ({"features": ["luck"]}, "knows other features than this version"),
+        ({"mean": [1.0]}, "its arrays do not fit together"),
+        ({"runs": None}, "cannot read the risk model"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(model: RiskModel, tmp_path: Path, change: dict[str, object], message: str):
+    path = tmp_path / "risk.json"
+    model.write(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=message):
+        RiskModel.read(path)
+
+
+def test_too_few_runs_are_refused():
+    with pytest.raises(ConfigError, match=r"^20 runs, \d+ of them diverged, are too few"):
+        fit(planted(20), horizon=800, look_ahead_steps=20)
+    calm = [dataclasses.replace(run, diverged=number < 3) for number, run in enumerate(planted(100))]
+    with pytest.raises(ConfigError, match=r"^100 runs, 3 of them diverged, are too few"):
+        fit(calm, horizon=800, look_ahead_steps=20)
+
+
+def test_the_order_of_the_runs_does_not_matter(model: RiskModel):
+    assert fit(planted(400)[::-1], horizon=800, look_ahead_steps=20).sha256 == model.sha256
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "muon"])
+def test_an_optimizer_of_no_family_is_one_sentence(optimizer: str):
+    with pytest.raises(ConfigError, match=f"no risk is known for the optimizer '{optimizer}'; known are adamw"):
+        launch(optimizer=optimizer).features()
