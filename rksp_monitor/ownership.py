@@ -32,7 +32,9 @@ def owned(path: Path, *, mode: int = 0o644) -> Iterator[None]:
     OSError
         When the files cannot be written, or their file system has no locks.
     """
-    owner, lock = path.with_suffix(".owner"), filelock.FileLock(path.with_suffix(".lock"), mode=mode)
+    owner = path.with_suffix(".owner")
+    # Where there are no locks (Lustre without ``flock``), the library's other kind would outlive a killed process.
+    lock = filelock.FileLock(path.with_suffix(".lock"), mode=mode, fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:

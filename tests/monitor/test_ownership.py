@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import socket
@@ -48,6 +50,23 @@ def test_a_second_one_is_told_who_is_first_and_a_killed_one_blocks_nobody(tmp_pa
 def test_of_another_host_nothing_is_known(tmp_path: Path):
     (tmp_path / "watcher.owner").write_text("process 1 on elsewhere\n")
     assert owner_of(tmp_path / "watcher") == ("process 1 on elsewhere", None)
+
+
+def test_a_file_system_without_locks_is_said_and_lets_several_give_orders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Lustre, mounted without ``flock``: a file instead of a lock would outlive whoever was killed."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(OSError, match="not implemented"), owned(tmp_path / "watcher"):
+        pass
+    (tmp_path / "watcher.lock").write_text("1\nelsewhere\n")
+    control = ControlWriter(tmp_path)
+    with sole_orderer(control), sole_orderer(control):
+        pass
 
 
 def test_a_group_that_shares_the_control_folder_shares_its_lock(tmp_path: Path):
