@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rksp_core.errors import ConfigError
 
@@ -59,6 +59,8 @@ class Launch:
         Of the last block's output, before and after the look-ahead; None where not finite.
     finite
         Whether everything of the look-ahead stayed finite.
+    steps
+        Steps that the look-ahead was to take.
     """
 
     learning_rate: float
@@ -69,13 +71,47 @@ class Launch:
     gradient_norms: Sequence[float | None]
     hidden_rms: tuple[float | None, float | None]
     finite: bool
+    steps: int
 
     @classmethod
-    def of(cls, look_ahead: LookAhead, *, learning_rate: float, optimizer: str, depth: int, width: int) -> Launch:
-        """Return the launch that this look-ahead was made for."""
+    def of(
+        cls, look_ahead: LookAhead, *, steps: int, learning_rate: float, optimizer: str, depth: int, width: int
+    ) -> Launch:
+        """Return the launch that this look-ahead, of ``steps`` steps, was made for."""
         rms = look_ahead.hidden_rms_before, look_ahead.hidden_rms_after
         given = look_ahead.losses, look_ahead.gradient_norms, rms, look_ahead.finite
-        return cls(learning_rate, optimizer, depth, width, *given)
+        return cls(learning_rate, optimizer, depth, width, *given, steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the launch as JSON."""
+        return asdict(self) | {name: list(getattr(self, name)) for name in ("losses", "gradient_norms", "hidden_rms")}
+
+    @classmethod
+    def from_dict(cls, document: object) -> Launch:
+        """Return the launch of a document.
+
+        Raises
+        ------
+        ConfigError
+            When a key is missing, unknown, or holds something else.
+        """
+        names = {each.name for each in fields(cls)}
+        if not isinstance(document, Mapping) or set(document) != names:
+            raise ConfigError(f"a launch has the keys {', '.join(sorted(names))}; got {_keys(document)}")
+        whole = all(isinstance(document[name], int) and document[name] > 0 for name in ("depth", "width", "steps"))
+        lists = [document[name] for name in ("losses", "gradient_norms", "hidden_rms")]
+        if (
+            not whole
+            or not all(map(_numbers, lists))
+            or len(document["hidden_rms"]) != 2
+            or not _numbers([document["learning_rate"]])
+        ):
+            raise ConfigError(
+                "a launch has numbers, or null, where its look-ahead has them, and a depth, a width and "
+                "steps of at least 1; copy it from a preflight report as it is"
+            )
+        before, after = document["hidden_rms"]
+        return cls(**{**document, "hidden_rms": (before, after)})
 
     def features(self) -> Mapping[str, float]:
         """Return the numbers by the names of `FEATURES`.
@@ -111,3 +147,13 @@ class Launch:
             return LARGEST_RISE
         largest = max(value for value in later if value is not None)
         return min(max(math.log(max(largest, 1e-300) / first), -LARGEST_RISE), LARGEST_RISE)
+
+
+def _keys(document: object) -> str:
+    return ", ".join(sorted(map(str, document))) if isinstance(document, Mapping) else type(document).__name__
+
+
+def _numbers(values: object) -> bool:
+    return isinstance(values, list | tuple) and all(
+        value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in values
+    )

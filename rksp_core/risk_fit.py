@@ -2,22 +2,23 @@
 
     minimize  -sum_i log P(outcome_i | x_i) + (ridge / 2) |w|^2    over c and w,    w_j >= 0 where more is risky
 
-The ridge is chosen by cross-validated log loss over the same runs; no other run is looked at.
+The ridge is the one of the smallest cross-validated log loss over the same runs; no other run is looked at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.spatial import KDTree
 from scipy.special import expit
+from scipy.stats import mannwhitneyu
 
 from rksp_core.errors import ConfigError
-from rksp_core.launch import FEATURES, Launch
+from rksp_core.launch import FEATURES, NAMES
+from rksp_core.outcomes import Outcome
 from rksp_core.risk_model import RiskModel
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -28,43 +29,28 @@ SAME = 0.02  # the scale of what is the same in all runs, so that any other valu
 LEAST_RUNS = 30  # and so many of either outcome as there are features
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A run whose outcome is known: how it was launched, and whether it diverged. ``name`` is said to users."""
-
-    name: str
-    launch: Launch
-    diverged: bool
-
-
-def fit(
-    runs: Sequence[Finished],
-    *,
-    horizon: int,
-    look_ahead_steps: int,
-    seed: int = 0,
-    about: Mapping[str, Any] | None = None,
-) -> RiskModel:
+def fit(outcomes: Sequence[Outcome], *, seed: int = 0, about: Mapping[str, Any] | None = None) -> RiskModel:
     """Return the model that these runs give.
+
+    Its ``about`` says how many they are, and how well runs were predicted by the fits without them (cross-validated):
+    the area under the ROC curve, and that of the learning rate alone beside it.
 
     Parameters
     ----------
-    runs
+    outcomes
         In any order: the result depends on their content and the seed only. Runs of one configuration that differ in
         their seed only count as so many runs, and make the intervals too narrow.
-    horizon
-        Steps within which they diverged or did not.
-    look_ahead_steps
-        Of each one's look-ahead.
     seed
         Of the folds and the bootstrap.
+    about
+        What else the model is to say of itself.
 
     Raises
     ------
     ConfigError
-        When there are too few of them, or too few of one outcome.
+        When there are too few of them, or too few of one outcome, or their horizons or look-aheads differ.
     """
-    runs = sorted(runs, key=lambda run: run.name)
+    runs = sorted(outcomes, key=lambda run: run.name)
     y = np.array([run.diverged for run in runs], dtype=float)
     least = len(FEATURES)
     if len(runs) < LEAST_RUNS or min(y.sum(), (1 - y).sum()) < least:
@@ -72,12 +58,15 @@ def fit(
             f"{len(runs)} runs, {int(y.sum())} of them diverged, are too few to fit a risk to; give at least "
             f"{LEAST_RUNS}, {least} of either outcome"
         )
+    horizon = _same("horizon", [run.horizon for run in runs])
+    steps = _same("number of look-ahead steps", [run.launch.steps for run in runs])
     raw = np.array([list(run.launch.features().values()) for run in runs])  # (n, p)
     mean, scale = raw.mean(axis=0), raw.std(axis=0)
     scale[scale == 0] = SAME
     x = (raw - mean) / scale
     random = np.random.default_rng(seed)
-    ridge = _best_ridge(x, y, random)
+    predicted = _predicted(x, y, random)
+    ridge = min(RIDGES, key=lambda each: float(np.logaddexp(0, predicted[each]).sum() - y @ predicted[each]))
     weights = [_weights(x, y, ridge)]
     while len(weights) <= BOOTSTRAP:
         chosen = random.integers(0, len(y), len(y))
@@ -91,9 +80,31 @@ def fit(
         names=tuple(run.name for run in runs),
         limit=_limit(x),
         horizon=horizon,
-        look_ahead_steps=look_ahead_steps,
-        about={**(about or {}), "runs": len(runs), "diverged": int(y.sum()), "ridge": ridge, "seed": seed},
+        look_ahead_steps=steps,
+        about={
+            **(about or {}),
+            "runs": len(runs),
+            "diverged": int(y.sum()),
+            "auroc_cross_validated": round(auroc(predicted[ridge], y), 4),
+            "auroc_of_the_learning_rate": round(auroc(x[:, NAMES.index("log_learning_rate")], y), 4),
+            "ridge": ridge,
+            "seed": seed,
+        },
     )
+
+
+def auroc(scores: np.ndarray, y: np.ndarray) -> float:
+    """Return the share of pairs of a run that diverged (y = 1) and one that did not whose scores are in that order."""
+    return float(mannwhitneyu(scores[y == 1], scores[y == 0]).statistic / (y.sum() * (1 - y).sum()))
+
+
+def _same(what: str, values: Sequence[int]) -> int:
+    if len(set(values)) > 1:
+        raise ConfigError(
+            f"the runs differ in their {what} ({min(values)} to {max(values)}), so their outcomes do not mean the "
+            "same; give runs that agree in it"
+        )
+    return values[0]
 
 
 def _weights(x: np.ndarray, y: np.ndarray, ridge: float) -> np.ndarray:
@@ -111,20 +122,22 @@ def _weights(x: np.ndarray, y: np.ndarray, ridge: float) -> np.ndarray:
     return np.asarray(found.x)
 
 
-def _best_ridge(x: np.ndarray, y: np.ndarray, random: np.random.Generator) -> float:
-    """Return the ridge of the smallest cross-validated log loss; each fold has its share of both outcomes."""
+def _predicted(x: np.ndarray, y: np.ndarray, random: np.random.Generator) -> dict[float, np.ndarray]:
+    """Return for each ridge the log-odds of each run by a fit without its fold, (n,).
+
+    Each fold has its share of both outcomes.
+    """
     folds = np.empty(len(y), dtype=int)
     for outcome in (0, 1):
         members = random.permutation(np.flatnonzero(y == outcome))
         folds[members] = np.arange(len(members)) % FOLDS
-    losses = {ridge: sum(_loss_of_fold(x, y, folds == fold, ridge) for fold in range(FOLDS)) for ridge in RIDGES}
-    return min(losses, key=losses.__getitem__)
-
-
-def _loss_of_fold(x: np.ndarray, y: np.ndarray, left_out: np.ndarray, ridge: float) -> float:
-    w = _weights(x[~left_out], y[~left_out], ridge)
-    odds = w[0] + x[left_out] @ w[1:]
-    return float(np.logaddexp(0, odds).sum() - y[left_out] @ odds)
+    predicted = {ridge: np.empty(len(y)) for ridge in RIDGES}
+    for fold in range(FOLDS):
+        left_out = folds == fold
+        for ridge, odds in predicted.items():
+            w = _weights(x[~left_out], y[~left_out], ridge)
+            odds[left_out] = w[0] + x[left_out] @ w[1:]
+    return predicted
 
 
 def _limit(x: np.ndarray) -> float:

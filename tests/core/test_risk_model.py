@@ -15,16 +15,17 @@ from sklearn.linear_model import LogisticRegression
 
 from rksp_core.errors import ConfigError
 from rksp_core.launch import LARGEST_RISE, NAMES, Launch
-from rksp_core.risk_fit import Finished, fit
+from rksp_core.outcomes import Outcome, read_outcomes
+from rksp_core.risk_fit import auroc, fit
 from rksp_core.risk_model import RiskModel
 
 
 def launch(rate: float = 0.01, loss_rise: float = 0.0, **changes: object) -> Launch:
-    calm = Launch(rate, "adamw", 4, 64, (3.0, 3.0 * math.exp(loss_rise)), (1.0, 1.0), (1.0, 1.0), finite=True)
+    calm = Launch(rate, "adamw", 4, 64, (3.0, 3.0 * math.exp(loss_rise)), (1.0, 1.0), (1.0, 1.0), finite=True, steps=1)
     return dataclasses.replace(calm, **changes)
 
 
-def planted(count: int, seed: int = 0, rate_effect: float = 2.0) -> list[Finished]:
+def planted(count: int, seed: int = 0, rate_effect: float = 2.0) -> list[Outcome]:
     """Runs that diverge with log-odds rate_effect (log rate - log .01) + 1.5 loss rise."""
     random = np.random.default_rng(seed)
     runs = []
@@ -32,7 +33,8 @@ def planted(count: int, seed: int = 0, rate_effect: float = 2.0) -> list[Finishe
         rate, rise = math.exp(random.normal(math.log(0.01), 1.0)), random.normal(0, 1)
         odds = rate_effect * math.log(rate / 0.01) + 1.5 * rise
         shape = {"depth": int(random.choice([2, 4, 8])), "width": int(random.choice([32, 64]))}
-        runs.append(Finished(f"run-{number:05d}", launch(rate, rise, **shape), bool(random.random() < _sigmoid(odds))))
+        diverged = bool(random.random() < _sigmoid(odds))
+        runs.append(Outcome(f"run-{number:05d}", launch(rate, rise, **shape), diverged, 800))
     return runs
 
 
@@ -42,11 +44,11 @@ def _sigmoid(odds: float) -> float:
 
 @pytest.fixture(scope="module")
 def model() -> RiskModel:
-    return fit(planted(400), horizon=800, look_ahead_steps=20)
+    return fit(planted(400))
 
 
 def test_the_planted_probabilities_are_found():
-    found = fit(planted(2000), horizon=800, look_ahead_steps=20)
+    found = fit(planted(2000))
     for rate, rise in [(0.005, 0.0), (0.01, 0.0), (0.02, 0.5), (0.02, -0.5)]:
         risk = found.risk(launch(rate, rise))
         expected = _sigmoid(2.0 * math.log(rate / 0.01) + 1.5 * rise)
@@ -56,7 +58,7 @@ def test_the_planted_probabilities_are_found():
 
 def test_the_fit_is_that_of_a_library():
     runs = planted(400)
-    ours = fit(runs, horizon=800, look_ahead_steps=20)
+    ours = fit(runs)
     x, y = ours.runs, [run.diverged for run in sorted(runs, key=lambda run: run.name)]
     theirs = LogisticRegression(C=1 / ours.about["ridge"], tol=1e-10, max_iter=10_000).fit(x, y)
     assert (ours.weights[0, 1:] >= 0).sum() >= 2  # constraints that do not bind change nothing
@@ -67,7 +69,7 @@ def test_the_fit_is_that_of_a_library():
 
 
 def test_more_rate_is_never_less_risk_even_where_the_runs_say_so():
-    upside_down = fit(planted(400, rate_effect=-2.0), horizon=800, look_ahead_steps=20)
+    upside_down = fit(planted(400, rate_effect=-2.0))
     assert upside_down.weights[:, 1 + NAMES.index("log_learning_rate")].max() == 0
     assert upside_down.weights[:, 1 + NAMES.index("loss_rise")].min() > 0
 
@@ -171,17 +173,71 @@ def test_a_wrong_file_is_one_sentence(model: RiskModel, tmp_path: Path, change: 
 
 def test_too_few_runs_are_refused():
     with pytest.raises(ConfigError, match=r"^20 runs, \d+ of them diverged, are too few"):
-        fit(planted(20), horizon=800, look_ahead_steps=20)
+        fit(planted(20))
     calm = [dataclasses.replace(run, diverged=number < 3) for number, run in enumerate(planted(100))]
     with pytest.raises(ConfigError, match=r"^100 runs, 3 of them diverged, are too few"):
-        fit(calm, horizon=800, look_ahead_steps=20)
+        fit(calm)
 
 
 def test_the_order_of_the_runs_does_not_matter(model: RiskModel):
-    assert fit(planted(400)[::-1], horizon=800, look_ahead_steps=20).sha256 == model.sha256
+    assert fit(planted(400)[::-1]).sha256 == model.sha256
 
 
 @pytest.mark.parametrize("optimizer", ["lamb", "muon"])
 def test_an_optimizer_of_no_family_is_one_sentence(optimizer: str):
     with pytest.raises(ConfigError, match=f"no risk is known for the optimizer '{optimizer}'; known are adamw"):
         launch(optimizer=optimizer).features()
+
+
+def test_runs_that_cannot_be_compared_are_refused():
+    runs = planted(100)
+    with pytest.raises(ConfigError, match=r"^the runs differ in their horizon \(800 to 900\)"):
+        fit([*runs[1:], dataclasses.replace(runs[0], horizon=900)])
+    other = dataclasses.replace(runs[0].launch, steps=5)
+    with pytest.raises(ConfigError, match=r"^the runs differ in their number of look-ahead steps \(1 to 5\)"):
+        fit([*runs[1:], dataclasses.replace(runs[0], launch=other)])
+
+
+def test_the_model_says_how_well_it_does_on_runs_it_was_not_fitted_to(model: RiskModel):
+    about = model.about
+    assert 0.8 < about["auroc_of_the_learning_rate"] < about["auroc_cross_validated"] < 0.95  # as planted
+    random = np.random.default_rng(0)
+    noise = [dataclasses.replace(run, diverged=bool(random.random() < 0.5)) for run in planted(400)]
+    assert abs(fit(noise).about["auroc_cross_validated"] - 0.5) < 0.1
+
+
+def test_the_area_under_the_curve_is_the_share_of_pairs_in_order():
+    scores, y = np.array([0.1, 0.4, 0.4, 0.8]), np.array([0.0, 1.0, 0.0, 1.0])
+    assert auroc(scores, y) == (1 + 0.5 + 1 + 1) / 4  # a tie is half a pair
+
+
+def test_outcomes_survive_their_file(tmp_path: Path):
+    runs = planted(40)
+    path = tmp_path / "outcomes.jsonl"
+    path.write_text("".join(json.dumps(run.to_dict()) + "\n" for run in runs))
+    assert fit(read_outcomes([path])).sha256 == fit(runs).sha256
+
+
+LINE = planted(1)[0].to_dict()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 holds no outcome of a run"),
+        (json.dumps({"schema": "rksp.preflight/1"}), "expected a document of schema 'rksp.outcome/1'"),
+        (json.dumps({k: v for k, v in LINE.items() if k != "diverged"}), "'diverged' is missing"),
+        (json.dumps(LINE | {"diverged": "yes"}), "diverged is true or false"),
+        (json.dumps(LINE | {"launch": 3}), "a launch has the keys depth, .*; got int"),
+        (json.dumps(LINE | {"launch": LINE["launch"] | {"depth": 0}}), "a depth, a width and steps of at least 1"),
+        (json.dumps(LINE | {"launch": LINE["launch"] | {"losses": "3"}}), "copy it from a preflight report as it is"),
+        (json.dumps(LINE | {"launch": LINE["launch"] | {"optimizer": "x"}}), "no risk is known for the optimizer 'x'"),
+        (json.dumps(LINE), "comes twice; a run counts once"),
+    ],
+)
+def test_a_wrong_line_is_one_sentence(tmp_path: Path, line: str, message: str):
+    path = tmp_path / "outcomes.jsonl"
+    path.write_text(json.dumps(LINE) + "\n" + line + "\n")
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_outcomes([path])
+    assert "\n" not in str(caught.value)
