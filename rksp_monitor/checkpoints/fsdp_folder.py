@@ -1,8 +1,7 @@
 """A ``checkpoint-N/`` of the Hugging Face Trainer under FSDP: accelerate's ``pytorch_model_fsdp_0/`` holds the weights.
 
-It is written by `torch.distributed.checkpoint` (``SHARDED_STATE_DICT``), and the Trainer's own files lie around it, as
-around any weights (`step_folder`). The optimizer lies beside it in ``optimizer_0/``. accelerate numbers the models of a
-program; the Trainer has one.
+It is written by `torch.distributed.checkpoint` (``SHARDED_STATE_DICT``), before everything else: the optimizer, which
+takes longer, goes to ``optimizer_0/`` beside it. accelerate numbers the models of a program; the Trainer has one.
 """
 
 from __future__ import annotations
@@ -33,16 +32,15 @@ def step(path: Path) -> int | None:
 
 
 def files(path: Path) -> list[Path]:
-    """Return the shards, and what is written after them."""
-    return [*dcp_folder.files(path / SHARDS), *path.glob(step_folder.TRAINER_STATE)]
+    """Return the shards; what is written after them changes no weights."""
+    return dcp_folder.files(path / SHARDS)
 
 
 @answers
 def is_complete(path: Path) -> None:
-    """Check the shards, and for the Trainer's last file."""
+    """Check the shards."""
     markers.check(path)
     dcp_folder.check_shards(path / SHARDS)
-    step_folder.check_trainer(path)
 
 
 def weights(path: Path, *, trust_pickle: bool = False) -> Mapping[str, Tensor]:

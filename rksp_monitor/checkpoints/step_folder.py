@@ -74,17 +74,6 @@ def is_complete(path: Path) -> None:
     found = _WEIGHTS[file.name].is_complete(file)
     if not found:
         raise IncompleteCheckpoint(found.problem)
-    check_trainer(path)
-
-
-def check_trainer(path: Path) -> None:
-    """Check for the Hugging Face Trainer's last file, where it has begun to write.
-
-    Raises
-    ------
-    IncompleteCheckpoint
-        While that file is missing.
-    """
     of_the_trainer = {name for name in _OF_THE_TRAINER if (path / name).is_file()}
     if _HUGGING_FACE.fullmatch(path.name) and of_the_trainer and TRAINER_STATE not in of_the_trainer:
         raise IncompleteCheckpoint(f"{shown(path.name)} has no {TRAINER_STATE} yet, which is written last")
