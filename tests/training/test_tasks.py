@@ -93,26 +93,59 @@ def test_the_size_of_a_batch_does_not_change_what_comes_when(items, seed, step):
     assert np.array_equal(np.concatenate(halves), chosen(items, seed, step, 8))
 
 
-@given(vocabulary=st.integers(8, 300), pairs=st.integers(1, 4), extra=st.integers(0, 20), step=st.integers(0, 2**40))
-def test_the_label_is_the_value_that_followed_the_query(vocabulary, pairs, extra, step):
-    length = 2 * pairs + 1 + extra
-    batch = AssociativeRecall(vocabulary, length, pairs, seed=1).batch(TRAINING, step, 16)
+@given(
+    vocabulary=st.integers(8, 300),
+    pairs=st.integers(1, 4),
+    queries=st.integers(1, 4),
+    extra=st.integers(0, 20),
+    step=st.integers(0, 2**40),
+)
+def test_the_labels_are_the_values_that_followed_the_queries(vocabulary, pairs, queries, extra, step):
+    queries = min(queries, pairs)
+    length = 2 * pairs + queries + extra
+    batch = AssociativeRecall(vocabulary, length, pairs, seed=1, queries=queries).batch(TRAINING, step, 16)
     assert batch.inputs.shape == (16, length)
-    for sequence, label in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+    assert batch.targets.shape == (16, queries)
+    for sequence, labels in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
         assert all(0 <= token < vocabulary for token in sequence)
-        keys, values, query = sequence[0 : 2 * pairs : 2], sequence[1 : 2 * pairs : 2], sequence[-1]
+        keys, values, asked = sequence[0 : 2 * pairs : 2], sequence[1 : 2 * pairs : 2], sequence[-queries:]
         assert len(set(keys)) == pairs
-        assert values[keys.index(query)] == label
-        assert sequence.count(query) == 2  # its pair and the question: the answer is unique
+        assert len(set(asked)) == queries
+        for query, label in zip(asked, labels, strict=True):
+            assert values[keys.index(query)] == label
+            assert sequence.count(query) == 2  # its pair and the question: the answer is unique
 
 
-def test_recall_looks_at_the_last_position_only():
-    task = AssociativeRecall(8, 5, 2, seed=0)
-    targets = torch.tensor([5, 6])
-    logits = torch.randn(2, 5, 8)
-    logits[:, -1] = 0.0
+def test_one_query_is_the_first_of_several():
+    """So the form of the paper is what it was before there could be more."""
+    one, more = (AssociativeRecall(32, 12 + queries, 6, seed=3, queries=queries) for queries in (1, 6))
+    (inputs, label), (others, labels) = (task.batch(TRAINING, 7, 64) for task in (one, more))
+    assert torch.equal(inputs[:, :13], others[:, :13])
+    assert torch.equal(label[:, 0], labels[:, 0])
+
+
+def test_several_queries_come_in_any_order():
+    """Each of the 6 orders of three pairs about as often: 100 of 600, standard deviation 9."""
+    batch = AssociativeRecall(8, 9, 3, seed=0, queries=3).batch(TRAINING, 1, 600)
+    orders = (batch.inputs[:, -3:, None] == batch.inputs[:, None, 0:6:2]).int().argmax(dim=2)
+    counts = torch.unique(orders, dim=0, return_counts=True)[1]
+    assert len(counts) == 6
+    assert 55 < counts.min() <= counts.max() < 145
+
+
+def test_more_queries_than_pairs_are_refused():
+    with pytest.raises(ConfigError, match=r"task\.queries = 3 needs as many pairs, got task\.pairs = 2"):
+        AssociativeRecall(8, 9, 2, seed=0, queries=3)
+
+
+@pytest.mark.parametrize("queries", [1, 2])
+def test_recall_looks_at_the_last_positions_only(queries):
+    task = AssociativeRecall(8, 6, 2, seed=0, queries=queries)
+    targets = torch.tensor([[5, 7], [6, 7]])[:, :queries]
+    logits = torch.randn(2, 6, 8)
+    logits[:, -queries:] = 0.0
     assert task.loss(logits, targets).item() == torch.tensor(8.0).log().item()
-    logits[0, -1, 5] = 100.0
+    logits[0, torch.arange(-queries, 0), targets[0]] = 100.0
     assert task.accuracy(logits, targets).item() == 0.5
     assert math.isclose(task.loss(logits, targets).item(), math.log(8) / 2, rel_tol=1e-6)
 

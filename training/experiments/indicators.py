@@ -170,9 +170,9 @@ def _of_probe(run: Run, probe: Batch) -> dict[str, float]:
 
 
 def _losses(logits: Tensor, targets: Tensor) -> dict[str, float]:
-    """Return mean and tail of the losses, from logits (B, T, V) with targets (B, T), or (B,) of the last position."""
-    if targets.dim() == 1 and logits.dim() == 3:
-        logits = logits[:, -1]
+    """Return mean and tail of the losses of logits (B, T, V), whose last k have targets (B, k), or (B, V) with (B,)."""
+    if logits.dim() == 3:
+        logits = logits[:, -targets.shape[1] :]
     targets = targets.flatten()
     asked = targets != NOT_ASKED
     losses = functional.cross_entropy(logits.flatten(0, -2)[asked], targets[asked], reduction="none")

@@ -16,13 +16,14 @@ FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package da
 
 
 class AssociativeRecall(Section):
-    """``pairs`` keys and values, then filler, then a key whose value is asked for."""
+    """``pairs`` keys and values, then filler, then ``queries`` keys whose values are asked for; the paper has one."""
 
     shared: ClassVar[tuple[str, ...]] = ("vocabulary", "length")
 
     name: Literal["associative_recall"] = "associative_recall"
     batch: Count = 32
     pairs: Count = 4
+    queries: Count = 1
     vocabulary: Count
     length: Count
 
