@@ -106,3 +106,30 @@ def test_bad_arguments(model: Model) -> None:
         look_ahead(model, tokens(), loss, learning_rate=0.0)
     with pytest.raises(ModelError, match="scalar tensor with a gradient"):
         look_ahead(model, tokens(), lambda output, batch: output, learning_rate=0.1)
+
+
+def test_an_optimizer_of_ones_own_is_made_for_the_copy_and_steps_at_the_full_rate(model: Model) -> None:
+    """Two groups, one with a muP factor, and a rate that the factory did not know."""
+    made = []
+
+    def make(moved: nn.Module) -> torch.optim.Optimizer:
+        assert moved is not model
+        first, *others = moved.parameters()
+        groups = [{"params": [first], "factor": 0.5}, {"params": others, "momentum": 0.3}]
+        made.append(torch.optim.SGD(groups, lr=1e9, momentum=0.9))
+        return made[-1]
+
+    result = look_ahead(model, tokens(), loss, learning_rate=0.02, optimizer=make, steps=3)
+    assert len(made) == 1
+    twin = copy.deepcopy(model).train()
+    velocity = [torch.zeros_like(parameter) for parameter in twin.parameters()]
+    losses = []
+    for _ in range(3):
+        value = loss(twin(tokens()), tokens())
+        losses.append(value.item())
+        gradients = torch.autograd.grad(value, list(twin.parameters()))
+        with torch.no_grad():
+            for place, (parameter, gradient) in enumerate(zip(twin.parameters(), gradients, strict=True)):
+                velocity[place] = (0.3 if place else 0.9) * velocity[place] + gradient
+                parameter -= (0.02 if place else 0.01) * velocity[place]
+    assert result.losses == pytest.approx(losses, rel=1e-10)
