@@ -26,6 +26,7 @@ from rksp_monitor.config import Workers
 POLL_SECONDS = 0.1  # between two signs of life, and at most this late to a stop
 ANSWER_LIMIT = 256 * 2**20  # bytes; the profile of a layer is some 2 kB
 OVERSHOOT = 1.5  # times the memory limit: here a worker is killed in the midst of its work
+ENDING_SECONDS = 5.0  # that a process which was killed gets to end
 GIB = 2**30
 
 
@@ -100,10 +101,11 @@ class WorkerProcess:
         self._process.kill()
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process, whatever it is doing; one that hangs in the kernel, on a dead mount, is left behind."""
         self._connection.close()
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(ENDING_SECONDS)
         assert self._process.stdin is not None  # noqa: S101 - a pipe was asked for
         self._process.stdin.close()
 
@@ -119,7 +121,7 @@ class WorkerProcess:
             answer = json.loads(self._connection.recv_bytes(ANSWER_LIMIT))
         except (EOFError, ConnectionResetError) as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=5)
+                self._process.wait(ENDING_SECONDS)
             how = self.how_it_ended()
             raise WorkerEnded(f"ended its worker {how}; out of memory, or a crash in native code") from error
         except (OSError, ValueError, RecursionError) as error:  # larger than the limit, or no JSON

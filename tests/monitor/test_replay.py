@@ -227,6 +227,21 @@ ReplayPool(report=report).replayer("run", settings, timeout=600).replay(Path(sys
 """
 
 
+def test_a_worker_that_outlives_its_kill_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch):
+    """As one does that hangs in the kernel, on a dead mount: here it is stopped, and the signal does not arrive."""
+    monkeypatch.setattr(worker_process, "ENDING_SECONDS", 0.1)
+    worker = worker_process.WorkerProcess(Workers())
+    kill = worker._process.kill
+    monkeypatch.setattr(worker._process, "kill", lambda: None)
+    os.kill(worker.pid, signal.SIGSTOP)
+    try:
+        worker.close()
+        assert worker.alive
+    finally:
+        kill()
+        worker._process.wait()
+
+
 def test_a_hanging_worker_does_not_outlive_a_killed_daemon(folder: Path):
     root = str(Path(__file__).parents[2])
     daemon = subprocess.Popen(
