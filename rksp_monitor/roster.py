@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 from rksp_core.errors import ConfigError
@@ -17,6 +19,7 @@ from rksp_monitor.remote import as_path, is_local
 Found = Mapping[str, tuple[Path, RunEntry]]
 
 LEAST_SECONDS = 1.0  # between two looks for new folders, however short the poll interval is
+WAIT_SECONDS = 0.25  # between two looks whether the first one is still waited for
 
 
 def find_runs(settings: WatchSettings) -> dict[str, tuple[Path, RunEntry]]:
@@ -66,7 +69,9 @@ class Roster:
     wake
         Called when other folders are there than at the last look.
     patience
-        Seconds that the first look may take; None waits for it.
+        Seconds that the first look may take.
+    stop
+        When set, the first look is waited for no longer, and there are no runs.
 
     Raises
     ------
@@ -74,19 +79,29 @@ class Roster:
         When a URL cannot be opened, or the first look takes longer.
     """
 
-    def __init__(self, settings: WatchSettings, wake: Callable[[], None], *, patience: float | None = None) -> None:
+    def __init__(
+        self,
+        settings: WatchSettings,
+        wake: Callable[[], None],
+        *,
+        patience: float = math.inf,
+        stop: threading.Event | None = None,
+    ) -> None:
         self._settings, self._wake = settings, wake
         self._stop = threading.Event()
-        first = Future[Found]()
+        self._found: Found = {}
+        first, end = Future[Found](), time.monotonic() + patience
         threading.Thread(target=self._live, args=(first,), name="roster", daemon=True).start()
-        try:
-            self._found = first.result(patience)
-        except TimeoutError as error:
-            self.close()
-            raise ConfigError(
-                f"the folders of `runs:` were not looked up within {patience:g} s; does each of their file systems "
-                "answer?"
-            ) from error
+        while not first.done() and not (stop is not None and stop.is_set()):
+            if time.monotonic() > end:
+                self.close()
+                raise ConfigError(
+                    f"the folders of `runs:` were not looked up within {patience:g} s; does each of their file "
+                    "systems answer?"
+                )
+            wait([first], WAIT_SECONDS)
+        if first.done():
+            self._found = first.result()
 
     @property
     def runs(self) -> Found:
@@ -99,8 +114,7 @@ class Roster:
 
     def _live(self, first: Future[Found]) -> None:
         try:
-            self._found = find_runs(self._settings)
-            first.set_result(self._found)
+            first.set_result(find_runs(self._settings))
         except Exception as error:  # noqa: BLE001 - raised where it is waited for
             first.set_exception(error)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,28 @@ def test_new_folders_are_found_and_removed_ones_are_not_kept(runs: Path, found: 
     assert names(found) == ["b", "c"]
 
 
-def test_a_file_system_that_hangs_holds_up_a_reload_for_a_moment(runs: Path, monkeypatch: pytest.MonkeyPatch):
-    answers = threading.Event()
-    real = roster.glob.glob
+@pytest.fixture
+def answers(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Until it is set, whoever looks at the file system hangs."""
+    answers, real = threading.Event(), roster.glob.glob
     monkeypatch.setattr(roster.glob, "glob", lambda pattern: (answers.wait(60), real(pattern))[1])
+    yield answers
+    answers.set()
+
+
+def test_a_start_that_hangs_can_be_ended(runs: Path, answers: threading.Event):
+    stop = threading.Event()
+    settings = WatchSettings(runs=(RunEntry(folder=f"{runs}/*"),))
+    with ThreadPoolExecutor(1) as threads:
+        starting = threads.submit(Roster, settings, lambda: None, stop=stop)
+        stop.set()
+        made = starting.result()
+    made.close()
+    assert names(made) == []
+    assert not answers.is_set()
+
+
+def test_a_file_system_that_hangs_holds_up_a_reload_for_a_moment(runs: Path, answers: threading.Event):
     settings = WatchSettings(poll_interval=0.01, runs=(RunEntry(folder=f"{runs}/*"),))
     with pytest.raises(ConfigError, match=r"not looked up within 0\.1 s; does each of their file systems answer"):
         Roster(settings, lambda: None, patience=0.1)
