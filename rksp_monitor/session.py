@@ -112,7 +112,7 @@ class Session:
             stack.callback(announcer.close)
             if self._serve:
                 self._open_endpoint(stack)
-            self._roster = Roster(self.settings, self._wake.set)
+            self._roster = Roster(self.settings, self._wake.set, stop=self._stop)
             stack.callback(self._close_roster)
             self._pool = stack.enter_context(contextlib.closing(self._make_pool()))
             self._around = Surroundings(
@@ -214,8 +214,8 @@ class Session:
                 self._log.error("hangs", folder=folder, problem="no sign of life; does its file system answer?")
             else:
                 self._log.warning("goes on", folder=folder)
-            if run.name is not None:
-                self._board.set(run.name, "rksp_run_suspended", float(hangs))
+            with contextlib.suppress(KeyError):  # its series are not there yet, or end, in its own thread
+                self._board.set(run.name or "", "rksp_run_suspended", float(hangs))
 
     def _silent(self, heartbeat: float) -> bool:
         return time.monotonic() - heartbeat > max(SILENCE_LIMIT, 3 * self.settings.poll_interval)
