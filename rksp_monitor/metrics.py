@@ -314,8 +314,8 @@ class Collector(BaseCollector):
         return self._board.families()
 
     def describe(self) -> Iterable[Metric]:
-        """Return no family: registering must not read values."""
-        return []
+        """Return the families without values: by these names a client may ask for some (``?name[]=``)."""
+        return [_empty(definition) for definition in METRICS]
 
 
 def registry_of(board: Board) -> CollectorRegistry:

@@ -140,6 +140,14 @@ def test_layers_are_opt_in():
     assert found["rksp_layer_kreiss_constant{layer=h.1}{run=r}"] == 1.5
 
 
+def test_a_client_may_ask_for_some_by_name():
+    board = Board({"version": "1"})
+    board.add_run("a", {})
+    asked = ["rksp_build_info", "rksp_checkpoints_failed_total"]
+    (build, failed) = registry_of(board).restricted_registry(asked).collect()
+    assert [sample.name for sample in (*build.samples, *failed.samples)] == asked
+
+
 def test_the_series_of_a_removed_run_end():
     shown = board()
     shown.remove_run("r")
