@@ -39,6 +39,11 @@ def owned(path: Path, *, mode: int = 0o644) -> Iterator[None]:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
         raise Owned(owner_of(path)[0] or "another process") from error
+    except PermissionError as error:  # another user made it: whether it is held, its owner's process says
+        who, alive = owner_of(path)
+        if alive:
+            raise Owned(who) from error
+        raise
     try:
         with contextlib.suppress(OSError):  # a courtesy
             write_atomic(owner, f"process {os.getpid()} on {socket.gethostname()}\n", mode=0o644)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,25 @@ def test_a_file_system_without_locks_is_said_and_lets_several_give_orders(
     control = ControlWriter(tmp_path)
     with sole_orderer(control), sole_orderer(control):
         pass
+
+
+def test_the_lock_of_another_user_is_held_as_long_as_its_owner_lives():
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own lets nobody else in
+        Path(folder).chmod(0o777)
+        control = ControlWriter(folder)
+        with sole_orderer(control):
+            (control.folder / "watcher.lock").chmod(0)
+            try:
+                if user == 0:
+                    os.seteuid(65534)  # root may open everything
+                with pytest.raises(ConfigError, match=f"orders from process {os.getpid()} on"), sole_orderer(control):
+                    pass
+                (control.folder / "watcher.owner").rename(control.folder / "of a killed one")
+                with sole_orderer(control):
+                    pass
+            finally:
+                os.seteuid(user)
 
 
 def test_a_group_that_shares_the_control_folder_shares_its_lock(tmp_path: Path):
