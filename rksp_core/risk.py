@@ -1,8 +1,9 @@
-"""From a profile to a verdict: the paper's decision flow (Kim et al. 2026, Fig. 7). Pure.
+"""From a profile to a verdict: a calibrated risk where there is one, else the paper's decision flow. Pure.
 
-The rule is the paper's, and it is not calibrated. Over the six norms, near-unit mass orders divergence exactly as well
-as the flag "this model has no norm layer" (AUROC 0.95 both); among runs of one norm it orders nothing (0.49, 72 runs),
-where the learning rate does (0.87). So a verdict comes with its reasons, and with that caveat.
+The flow (Kim et al. 2026, Fig. 7) is not calibrated. Over the six norms, near-unit mass orders divergence exactly as
+well as the flag "this model has no norm layer" (AUROC 0.95 both); among runs of one norm it orders nothing (0.49, 72
+runs), where the learning rate does (0.87). So a verdict comes with its reasons, and with that caveat; and a probability
+of divergence that was calibrated on runs like this one (`rksp_core.risk_model`) overrules it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from rksp_core.launch import FEATURES
 from rksp_core.profile import LayerProfile
+from rksp_core.risk_model import Risk
 
 Verdict = Literal["proceed", "monitor", "use_kss", "inconclusive"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
@@ -20,11 +23,15 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 LOW_MASS, HIGH_MASS = 0.3, 0.5  # Fig. 7
 RATE_FACTOR = 2.0  # "learning rates above twice the standard one"
 MASS_NOISE = 0.02  # the largest standard deviation seen over probe batches
+LOW_RISK, HIGH_RISK = 0.1, 0.5  # of divergence: below the first a run proceeds, from the second on it asks for KSS
 LOSS_LIMIT = 50.0  # the paper's divergence label (Sec. 3.1)
 
 CAVEAT = (
     "This is the paper's decision rule, and it is not calibrated: near-unit mass tells norms apart, but among models "
     "of one norm it orders divergence no better than chance; the learning rate, the depth and the look-ahead say more."
+)
+CALIBRATED = (
+    "The probability is calibrated on runs whose outcome is known; it holds for models, tasks and horizons like theirs."
 )
 
 # Width -> peak learning rate of Adam: GPT-3's models (Brown et al. 2020, arXiv:2005.14165, Table 2.1), and Adam's own
@@ -59,8 +66,12 @@ def decide(
     learning_rate: float | None = None,
     standard_rate: float | None = None,
     look_ahead_loss: float | None = None,
+    risk: Risk | None = None,
 ) -> Decision:
-    """Apply the decision flow of Kim et al. 2026, Fig. 7, to the layers of one model.
+    """Decide by the risk of divergence; without one, by the decision flow of Kim et al. 2026, Fig. 7.
+
+    A probability below `LOW_RISK` proceeds, from `HIGH_RISK` on it asks for KSS, between it asks to monitor. A risk
+    model that has none for this launch is inconclusive. What the flow says is then among the reasons only.
 
     Near-unit mass (mean over the informative layers) below 0.3 proceeds, above 0.5 asks for KSS, between asks to
     monitor. KSS is asked for, too, above twice the standard learning rate and without any norm. The eigenvector
@@ -77,7 +88,38 @@ def decide(
     look_ahead_loss
         The largest loss of a look-ahead at the full rate (infinite or NaN when it blew up); None without one. Fig. 7
         does not have it: a run that is over after a few steps must not be told to proceed.
+    risk
+        What a risk model says of this launch; None when none was asked.
     """
+    if risk is None:
+        return _by_flow(layers, normalized, learning_rate, standard_rate, look_ahead_loss)
+    flow = _by_flow(layers, normalized, learning_rate, standard_rate, look_ahead_loss)
+    beside = f"the paper's rule alone would say {flow.verdict}: {'; '.join(flow.reasons)}"
+    if risk.probability is None:
+        return Decision("inconclusive", (risk.outside, beside), CALIBRATED)
+    verdict: Verdict = (
+        "proceed" if risk.probability < LOW_RISK else "monitor" if risk.probability < HIGH_RISK else "use_kss"
+    )
+    return Decision(verdict, (_in_words(risk), beside), CALIBRATED)
+
+
+def _in_words(risk: Risk) -> str:
+    words = {feature.name: feature.words for feature in FEATURES}
+    low, high = risk.interval or (0.0, 1.0)
+    pushes = [f"{words[name]} {'raises' if share > 0 else 'lowers'} it" for name, share in risk.reasons[:3] if share]
+    return (
+        f"the probability of divergence is {risk.probability:.0%} ({low:.0%} to {high:.0%})"
+        f"{': ' * bool(pushes)}{', '.join(pushes)}"
+    )
+
+
+def _by_flow(
+    layers: Sequence[LayerProfile],
+    normalized: bool | None,
+    learning_rate: float | None,
+    standard_rate: float | None,
+    look_ahead_loss: float | None,
+) -> Decision:
     informative = [layer for layer in layers if _informative(layer)]
     if 2 * len(informative) <= len(layers):
         return Decision("inconclusive", (_why_uninformative(layers, len(informative)),))

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.spatial import KDTree
 from scipy.special import expit
 from scipy.stats import mannwhitneyu
 
 from rksp_core.errors import ConfigError
 from rksp_core.launch import FEATURES, NAMES
 from rksp_core.outcomes import Outcome
-from rksp_core.risk_model import RiskModel
+from rksp_core.risk_model import RiskModel, apart_from
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 FOLDS = 8
@@ -62,7 +61,7 @@ def fit(outcomes: Sequence[Outcome], *, seed: int = 0, about: Mapping[str, Any] 
     steps = _same("number of look-ahead steps", [run.launch.steps for run in runs])
     raw = np.array([list(run.launch.features().values()) for run in runs])  # (n, p)
     mean, scale = raw.mean(axis=0), raw.std(axis=0)
-    scale[scale == 0] = SAME
+    scale[scale < SAME] = SAME  # never exactly 0: the mean of equal numbers is rounded
     x = (raw - mean) / scale
     random = np.random.default_rng(seed)
     predicted = _predicted(x, y, random)
@@ -77,8 +76,9 @@ def fit(outcomes: Sequence[Outcome], *, seed: int = 0, about: Mapping[str, Any] 
         scale=scale,
         weights=np.array(weights),
         runs=x,
+        diverged=y,
         names=tuple(run.name for run in runs),
-        limit=_limit(x),
+        limit=_limit(x, y == 1),
         horizon=horizon,
         look_ahead_steps=steps,
         about={
@@ -140,6 +140,7 @@ def _predicted(x: np.ndarray, y: np.ndarray, random: np.random.Generator) -> dic
     return predicted
 
 
-def _limit(x: np.ndarray) -> float:
-    nearest = np.asarray(KDTree(x).query(x, k=2)[0])  # the first is the run itself
-    return float(np.quantile(nearest[:, 1], REACH))
+def _limit(x: np.ndarray, diverged: np.ndarray) -> float:
+    """Return the `REACH` quantile of the distances of the runs, each from the nearest of the others."""
+    nearest = [np.delete(apart_from(x, diverged, run), place).min() for place, run in enumerate(x)]
+    return float(np.quantile(nearest, REACH))

@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from rksp_core.atomic import write_atomic
 from rksp_core.errors import ConfigError
 from rksp_core.launch import FEATURES, NAMES, Launch
 
 SCHEMA = "rksp.risk_model/1"
 INTERVAL = (0.05, 0.95)  # quantiles over the bootstrap samples
-ARRAYS = ("mean", "scale", "weights", "runs")
+ARRAYS = ("mean", "scale", "weights", "runs", "diverged")
 REFINEMENTS = 3  # halvings of the bracket, on the scale of the logarithm of the rate
 
 
@@ -43,7 +42,7 @@ class Risk:
     reasons
         What pushed the log-odds away from those of the mean run, the strongest first: (feature, change of log-odds).
     distance, limit
-        To the nearest run it was fitted to, in standard deviations of the features, and how far it may be.
+        To the nearest run it was fitted to (`apart_from`), and how far it may be.
     outside
         Why there is no probability, as a sentence; "" where there is one.
     """
@@ -84,7 +83,7 @@ class RiskModel:
     weights
         (1 + B, 1 + p): intercept and weights, first of the fit to all runs, then of each bootstrap sample.
     runs
-        (n, p): the standardized features of the runs, and ``names`` (n) what they are called.
+        (n, p): the standardized features of the runs; ``diverged`` (n), 1 or 0, and ``names`` (n) what they are called.
     limit
         Largest distance to the nearest of them at which the model answers.
     horizon
@@ -99,6 +98,7 @@ class RiskModel:
     scale: np.ndarray
     weights: np.ndarray
     runs: np.ndarray
+    diverged: np.ndarray
     names: tuple[str, ...]
     limit: float
     horizon: int
@@ -114,7 +114,7 @@ class RiskModel:
             When its optimizer is of no known family, or its rate is not positive.
         """
         x = self._standardized(launch.features())
-        apart = np.linalg.norm(self.runs - self._within(x), axis=1)
+        apart = apart_from(self.runs, self.diverged.astype(bool), x)
         distance = float(apart.min())
         shares = self.weights[0, 1:] * x
         order = np.argsort(-np.abs(shares))
@@ -170,9 +170,9 @@ class RiskModel:
         """Names the model: the hash of its content."""
         return hashlib.sha256(_text(self._content()).encode()).hexdigest()
 
-    def write(self, path: Path) -> None:
-        """Write the model as JSON, whole or not at all."""
-        write_atomic(path, _text({"schema": SCHEMA, "sha256": self.sha256, **self._content()}) + "\n")
+    def to_json(self) -> str:
+        """Return the text of its file, which `read` reads."""
+        return _text({"schema": SCHEMA, "sha256": self.sha256, **self._content()}) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> RiskModel:
@@ -215,8 +215,9 @@ class RiskModel:
 
     def _check(self) -> None:
         p = len(NAMES)
-        shapes = self.mean.shape, self.scale.shape, self.weights.shape[1:], self.runs.shape[1:]
-        if shapes != ((p,), (p,), (p + 1,), (p,)) or len(self.names) != len(self.runs) or len(self.weights) < 2:
+        shapes = self.mean.shape, self.scale.shape, self.weights.shape[1:], self.runs.shape[1:], self.diverged.shape
+        n = len(self.names)
+        if shapes != ((p,), (p,), (p + 1,), (p,), (n,)) or len(self.runs) != n or len(self.weights) < 2:
             raise ValueError("its arrays do not fit together")
 
     def _content(self) -> dict[str, Any]:
@@ -237,11 +238,6 @@ class RiskModel:
         """(p,) -> (1 + B,)."""
         return np.asarray(self.weights[:, 0] + self.weights[:, 1:] @ x)
 
-    def _within(self, x: np.ndarray) -> np.ndarray:
-        """Return x with its risky features not beyond those of the runs: there the sign of their effect is known."""
-        limited = np.clip(x, self.runs.min(axis=0), self.runs.max(axis=0))
-        return np.where([feature.risky for feature in FEATURES], limited, x)
-
     def _outside(self, x: np.ndarray, distance: float, nearest: str) -> str:
         low, high = self.runs.min(axis=0), self.runs.max(axis=0)
         beyond = [
@@ -260,6 +256,27 @@ class RiskModel:
     def _plain(self, place: int, x: np.ndarray) -> str:
         value = float(x[place] * self.scale[place] + self.mean[place])
         return f"{math.exp(value):.3g}" if NAMES[place].startswith("log_") else f"{value:.2g}"
+
+
+def apart_from(runs: np.ndarray, diverged: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Return how far a launch is from each run, (n,), in standard deviations of the features.
+
+    More of a risky feature never means less risk. So a run that diverged speaks for every launch that has at least as
+    much of each of them, one that did not for every launch that has at most as much, and such a launch is not far from
+    it by these features, however large the difference is.
+
+    Parameters
+    ----------
+    runs
+        (n, p), standardized.
+    diverged
+        (n,), truth values.
+    x
+        (p,), standardized.
+    """
+    more = x - runs
+    ahead = np.where(diverged[:, None], np.minimum(more, 0), np.maximum(more, 0))
+    return np.asarray(np.linalg.norm(np.where([feature.risky for feature in FEATURES], ahead, more), axis=1))
 
 
 def _crossing(log_rates: np.ndarray, odds: np.ndarray, wanted: float) -> float:

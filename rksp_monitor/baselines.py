@@ -68,7 +68,7 @@ def take_look_ahead(
     module: nn.Module,
     batch: Batch,
     settings: Settings,
-    profile: Callable[[nn.Module], ModelProfile],
+    profile: Callable[[nn.Module], ModelProfile] | None,
     progress: Progress | None,
 ) -> LookAhead | str | None:
     """Return the look-ahead, the reason why there is none, or None when none was asked for."""

@@ -124,6 +124,7 @@ def _say(message: str, *, code: int = 2) -> int:
 
 def _register() -> None:
     """Attach the commands; their modules import torch only when they run."""
+    from rksp_monitor.commands.calibrate import calibrate
     from rksp_monitor.commands.config import config
     from rksp_monitor.commands.control import control
     from rksp_monitor.commands.demo import demo
@@ -136,6 +137,7 @@ def _register() -> None:
     from rksp_monitor.commands.watch import watch
 
     app.command()(preflight)
+    app.command()(calibrate)
     app.command()(watch)
     app.command()(profile)
     app.command()(compare)

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from rksp_core.errors import NotFiniteError
+from rksp_core.errors import ModelError, NotFiniteError
 from rksp_core.profile import LayerProfile, ModelProfile
 from rksp_core.risk import RATE_FACTOR, Decision, decide, standard_learning_rate
 from rksp_monitor.baselines import Loss, Progress, baseline_scores, largest_loss, take_look_ahead
+from rksp_monitor.launch_risk import in_words, launch_of, risk_document, suggest
 from rksp_monitor.layer_threads import layer_threads
 from rksp_monitor.memory import memory_limit
 from rksp_monitor.probe import Probe, check_probe, model_input
@@ -24,14 +26,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from rksp_core.launch import Launch
     from rksp_core.lookahead import LookAhead
+    from rksp_core.risk_model import RiskModel
     from rksp_monitor.models import LoadedModel
 
 SCHEMA = "rksp.preflight/1"
-NO_PROBABILITY = (
-    "no calibrated risk model covers this model: what the baselines say is a score, not a probability; "
-    "larger means riskier, and only within one kind of model"
-)
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Settings:
 
     ``learning_rate`` is the planned peak rate; None leaves the baselines out. ``depth`` replaces the number of blocks
     in learning rate x depth. ``loss`` is (model output, batch) -> scalar; None means next-token cross-entropy.
+    ``risk_model`` gives the probability of divergence; ``steps`` is then that of its look-ahead. ``threshold`` is the
+    probability whose learning rate is looked for; None looks for none.
     """
 
     blocks: str | None = None
@@ -52,16 +54,19 @@ class Settings:
     depth: int | None = None
     steps: int = 5
     loss: Loss | None = None
+    risk_model: RiskModel | None = None
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """Everything `rksp preflight` says; ``baselines`` and ``model`` are JSON already."""
+    """Everything `rksp preflight` says; ``baselines``, ``model`` and ``risk`` are JSON already."""
 
     model: Mapping[str, Any]
     profile: ModelProfile
     decision: Decision
     baselines: Mapping[str, Any]
+    risk: Mapping[str, Any]
     warnings: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,11 +80,7 @@ class PreflightReport:
                 "reasons": list(self.decision.reasons),
                 "caveat": self.decision.caveat,
             },
-            "risk": {
-                "divergence_probability": None,
-                "reason": NO_PROBABILITY,
-                "baselines": dict(self.baselines),
-            },
+            "risk": {**self.risk, "baselines": dict(self.baselines)},
             "warnings": list(self.warnings),
             "versions": _versions(),
         }
@@ -136,18 +137,36 @@ def preflight(
     normalized = has_normalization(block.module for block in blocks)
     width = max(layer.width for layer in profile.layers)
     standard = settings.standard_rate or standard_learning_rate(width, settings.optimizer)
+    launch = launch_of(ahead, settings, depth=len(blocks), width=width)
+    risk = None if settings.risk_model is None or launch is None else settings.risk_model.risk(launch)
     decision = decide(
         profile.layers,
         normalized=normalized,
         learning_rate=settings.learning_rate,
         standard_rate=standard,
         look_ahead_loss=largest_loss(ahead),
+        risk=risk,
     )
+    safe = None
+    if risk is not None and risk.probability is not None and settings.threshold is not None:
+
+        def launch_at(rate: float) -> Launch:
+            at_rate = dataclasses.replace(settings, learning_rate=rate)
+            with memory_limit(device):
+                taken = take_look_ahead(model, module, batch, at_rate, None, progress)
+            found = launch_of(taken, at_rate, depth=len(blocks), width=width)
+            if found is None:
+                raise ModelError(f"the look-ahead at the learning rate {rate:g} is unavailable: {taken}")
+            return found
+
+        safe = suggest(settings, launch_at)
+        decision = dataclasses.replace(decision, reasons=(*decision.reasons, in_words(safe)))
     return PreflightReport(
         model=_describe(model, module, normalized),
         profile=profile,
         decision=decision,
         baselines=baseline_scores(profile, settings, standard, ahead),
+        risk=risk_document(settings, launch, risk, safe),
         warnings=tuple(_warnings(model, probe, profile, settings, standard, ahead)),
     )
 

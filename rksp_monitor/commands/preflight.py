@@ -17,6 +17,7 @@ from rksp_monitor.report import Format
 
 if TYPE_CHECKING:
     from rksp_core.risk import Verdict
+    from rksp_core.risk_model import RiskModel
     from rksp_monitor.baselines import Progress
     from rksp_monitor.models import LoadedModel
     from rksp_monitor.probe import Probe
@@ -50,7 +51,16 @@ def preflight(
     depth: Annotated[
         int | None, typer.Option(min=1, help="Blocks in learning rate x depth; default: those found.")
     ] = None,
-    look_ahead_steps: Annotated[int, typer.Option(min=1, help="Full-rate steps of the look-ahead.")] = 5,
+    look_ahead_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Full-rate steps of the look-ahead; default: those of the risk model, or 5."),
+    ] = None,
+    risk_model: Annotated[
+        Path | None, typer.Option(help="Made by `rksp calibrate`: gives the probability of divergence, which decides.")
+    ] = None,
+    suggest_lr: Annotated[
+        float | None, typer.Option(metavar="RISK", help="Look for the learning rate whose risk is this, e.g. 0.1.")
+    ] = None,
     loss: Annotated[
         str | None,
         typer.Option(metavar="MODULE:FUNCTION", help="(model output, batch) -> scalar; default: next-token loss."),
@@ -73,9 +83,11 @@ def preflight(
     """Look at a model before it is trained: the spectra of its residual stream, warnings, and a decision."""
     if standard_lr == 0:
         raise ConfigError("--standard-lr must be above 0, got 0; leave it out for the rate that is usual at this width")
-    for name, value in {"--depth": depth, "--standard-lr": standard_lr, "--loss": loss}.items():
+    of_lr = {"--depth": depth, "--standard-lr": standard_lr, "--loss": loss, "--risk-model": risk_model}
+    for name, value in of_lr.items():
         if lr is None and value is not None:
             raise ConfigError(f"{name} is of no use without --lr; give the planned peak learning rate as well")
+    calibrated = _risk_model(risk_model, suggest_lr, look_ahead_steps)
     if output_file is not None:
         require_writable(output_file)
     with progress_bar() as progress:
@@ -98,8 +110,10 @@ def preflight(
             standard_rate=standard_lr,
             optimizer=optimizer,
             depth=depth,
-            steps=look_ahead_steps,
+            steps=look_ahead_steps or (5 if calibrated is None else calibrated.look_ahead_steps),
             loss=None if loss is None else _loss(loss),
+            risk_model=calibrated,
+            threshold=suggest_lr,
         )
         batch = _probe(probe, loaded, seed)
         try:
@@ -110,6 +124,25 @@ def preflight(
     text = render(report, form, **terminal(output_file))
     emit(text, output_file, f"{report.decision.verdict}; the report is in")
     return exit_code(report.decision.verdict, fail_on, on_inconclusive, exit_zero=exit_zero)
+
+
+def _risk_model(path: Path | None, threshold: float | None, steps: int | None) -> RiskModel | None:
+    """Read the risk model, and refuse what does not go with it."""
+    if path is None:
+        if threshold is not None:
+            raise ConfigError("--suggest-lr needs a --risk-model; make one with `rksp calibrate`")
+        return None
+    if threshold is not None and not 0 < threshold < 1:
+        raise ConfigError(f"--suggest-lr takes a probability above 0 and below 1, got {threshold:g}")
+    from rksp_core.risk_model import RiskModel
+
+    model = RiskModel.read(path)
+    if steps not in (None, model.look_ahead_steps):
+        raise ConfigError(
+            f"{path} was calibrated on look-aheads of {model.look_ahead_steps} steps, got --look-ahead-steps {steps}; "
+            "leave that out"
+        )
+    return model
 
 
 def exit_code(verdict: Verdict, fail_on: FailOn, on_inconclusive: OnInconclusive, *, exit_zero: bool) -> int:

@@ -17,7 +17,7 @@ from rksp_core.errors import ConfigError
 from rksp_core.launch import LARGEST_RISE, NAMES, Launch
 from rksp_core.outcomes import Outcome, read_outcomes
 from rksp_core.risk_fit import auroc, fit
-from rksp_core.risk_model import RiskModel
+from rksp_core.risk_model import RiskModel, apart_from
 
 
 def launch(rate: float = 0.01, loss_rise: float = 0.0, **changes: object) -> Launch:
@@ -107,9 +107,27 @@ def test_a_launch_unlike_the_runs_gets_no_probability(model: RiskModel, changes:
         raise AssertionError(risk.outside)
 
 
-def test_a_hopeless_rate_is_no_unknown_one(model: RiskModel):
-    """Beyond the runs' rates the sign of the effect is known."""
-    assert model.risk(launch(100.0)).probability > 0.99
+def test_what_is_the_same_in_all_runs_is_known_there_and_nowhere_else():
+    runs = [dataclasses.replace(run, launch=dataclasses.replace(run.launch, width=16, depth=3)) for run in planted(200)]
+    fitted = fit(runs)
+    assert fitted.risk(launch(width=16, depth=3)).probability is not None
+    assert fitted.risk(launch(width=17, depth=3)).probability is None
+
+
+@pytest.mark.parametrize(("rate", "rise", "expected"), [(100.0, 6.0, 1.0), (1e-9, -6.0, 0.0)])
+def test_what_is_riskier_than_all_that_diverged_is_no_unknown(
+    model: RiskModel, rate: float, rise: float, expected: float
+):
+    """Nor what is safer than all that did not: the signs of these effects are known."""
+    assert model.risk(launch(rate, rise)).probability == pytest.approx(expected, abs=0.01)
+
+
+def test_a_run_speaks_for_what_is_beyond_it():
+    risky = NAMES.index("loss_rise")
+    run, launches = np.zeros((1, len(NAMES))), np.zeros((2, len(NAMES)))
+    launches[:, risky] = 3.0, -2.0
+    for diverged, expected in ((True, [0.0, 2.0]), (False, [3.0, 0.0])):
+        assert [apart_from(run, np.array([diverged]), each)[0] for each in launches] == expected
 
 
 def test_the_safe_rate_is_where_the_odds_cross(model: RiskModel):
@@ -145,12 +163,11 @@ def test_a_look_ahead_that_blew_up_has_the_largest_rise():
 
 
 def test_a_model_survives_its_file(model: RiskModel, tmp_path: Path):
-    model.write(tmp_path / "risk.json")
+    (tmp_path / "risk.json").write_text(model.to_json())
     again = RiskModel.read(tmp_path / "risk.json")
     assert again.sha256 == model.sha256
     assert again.risk(launch(0.02)).probability == pytest.approx(model.risk(launch(0.02)).probability, rel=1e-4)
-    again.write(tmp_path / "again.json")
-    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "risk.json").read_bytes()
+    assert again.to_json() == model.to_json()
 
 
 @pytest.mark.parametrize(
@@ -165,8 +182,7 @@ def test_a_model_survives_its_file(model: RiskModel, tmp_path: Path):
 )
 def test_a_wrong_file_is_one_sentence(model: RiskModel, tmp_path: Path, change: dict[str, object], message: str):
     path = tmp_path / "risk.json"
-    model.write(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(json.dumps(json.loads(model.to_json()) | change))
     with pytest.raises(ConfigError, match=message):
         RiskModel.read(path)
 
