@@ -149,6 +149,13 @@ def test_another_spec_is_refused_in_the_same_folder(file: Path, capsys: pytest.C
     assert "is the plan of another spec" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("backend", ["lokee", "tcp://127.0.0.1:1"])
+def test_a_backend_that_is_not_there_is_said(backend: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second, unless `distributed` is installed, for want of that."""
+    assert run(file, "--backend", backend) == 2
+    assert f"sweep: --backend {backend}: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,9 +1,9 @@
 """``python -m training.experiments.sweep SPEC.yaml``: hundreds of runs, one record each.
 
 A sweep that was killed goes on where it was: a run that has a record is done, one that was half done is made again.
-Runs are spread over processes by joblib, one thread each; ``--backend dask`` or ``ray`` takes what
-``joblib.register_parallel_backend`` knows, for a cluster. Whatever ends the sweep, the records are packed into
-``records.jsonl.gz`` beside ``plan.json``, and these two files are all that it needs to go on elsewhere.
+Runs are spread over processes by joblib, one thread each; ``--backend tcp://HOST:8786`` spreads them over the workers
+of a Dask cluster, which need this repository, its data and its packages. Whatever ends the sweep, the records are
+packed into ``records.jsonl.gz`` beside ``plan.json``, and these two files are all that it needs to go on elsewhere.
 
 Exit codes: 0 all runs that were asked for have a record, or the time is over; 1 some run failed, and is named; 2 a
 mistake in the spec, said in one sentence before the first run; 130 Ctrl-C.
@@ -49,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("spec", type=Path, metavar="SPEC.yaml")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="plan and records (runs/sweeps/NAME)")
     parser.add_argument("--jobs", type=int, default=-1, metavar="N", help="runs at a time; -1: one a processor core")
-    parser.add_argument("--backend", default="loky", help="joblib's: loky, sequential, or a registered one (dask, ray)")
+    parser.add_argument(
+        "--backend", default="loky", help="loky (default), sequential, or where a Dask scheduler listens"
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:n")
     parser.add_argument("--part", choices=PARTS, help="only the runs of this part")
     parser.add_argument("--limit", type=int, metavar="N", help="make at most N runs now")
@@ -119,10 +121,14 @@ def _make(
 def _outcomes(
     spec: Spec, runs: list[PlannedRun], arguments: argparse.Namespace, deadline: float | None
 ) -> Iterator[Outcome]:
-    threads = {"inner_max_num_threads": 1} if arguments.backend == "loky" else {}
+    name, options = arguments.backend, {}
+    if name == "loky":
+        options = {"inner_max_num_threads": 1}
+    elif "://" in name:
+        name, options = "dask", {"scheduler_host": name}
     try:
-        backend = joblib.parallel_config(backend=arguments.backend, n_jobs=arguments.jobs, **threads)
-    except (ValueError, ImportError) as error:
+        backend = joblib.parallel_config(backend=name, n_jobs=arguments.jobs, **options)
+    except (ValueError, ImportError, OSError) as error:
         raise ConfigError(f"--backend {arguments.backend}: {error}; loky needs nothing else") from error
     with backend:
         # One run a batch, and few waiting: what is waiting when a sweep is killed costs nothing.
