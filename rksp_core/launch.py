@@ -27,8 +27,8 @@ class Feature:
 
 FEATURES = (
     Feature("log_learning_rate", "the learning rate", risky=True),
-    Feature("lion", "the optimizer (Lion)"),
-    Feature("sgd", "the optimizer (SGD)"),
+    Feature("lion", "the optimizer"),
+    Feature("sgd", "the optimizer"),
     Feature("log_depth", "the depth"),
     Feature("log_width", "the width"),
     Feature("loss_rise", "the rise of the loss in the look-ahead", risky=True),

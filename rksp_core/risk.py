@@ -9,6 +9,7 @@ of divergence that was calibrated on runs like this one (`rksp_core.risk_model`)
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -105,11 +106,15 @@ def decide(
 
 def _in_words(risk: Risk) -> str:
     words = {feature.name: feature.words for feature in FEATURES}
+    pushes: dict[str, float] = defaultdict(float)  # the optimizer is several features
+    for name, share in risk.reasons:
+        pushes[words[name]] += share
+    strongest = sorted(pushes.items(), key=lambda push: -abs(push[1]))[:3]
+    said = [f"{what} {'raises' if share > 0 else 'lowers'} it" for what, share in strongest if share]
     low, high = risk.interval or (0.0, 1.0)
-    pushes = [f"{words[name]} {'raises' if share > 0 else 'lowers'} it" for name, share in risk.reasons[:3] if share]
     return (
-        f"the probability of divergence is {risk.probability:.0%} ({low:.0%} to {high:.0%})"
-        f"{': ' * bool(pushes)}{', '.join(pushes)}"
+        f"the probability of divergence is {risk.probability:.0%} ({low:.0%} to {high:.0%}), against the mean run: "
+        f"{', '.join(said)}"
     )
 
 

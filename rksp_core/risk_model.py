@@ -21,7 +21,7 @@ import numpy as np
 from scipy.special import expit
 
 from rksp_core.errors import ConfigError
-from rksp_core.launch import FEATURES, NAMES, Launch
+from rksp_core.launch import FAMILIES, FEATURES, NAMES, Launch
 
 SCHEMA = "rksp.risk_model/1"
 INTERVAL = (0.05, 0.95)  # quantiles over the bootstrap samples
@@ -241,7 +241,9 @@ class RiskModel:
     def _outside(self, x: np.ndarray, distance: float, nearest: str) -> str:
         low, high = self.runs.min(axis=0), self.runs.max(axis=0)
         beyond = [
-            f"{feature.words} is {self._plain(place, x)}, the runs have {self._plain(place, low)} to "
+            f"{feature.words} is another one"
+            if feature.name in FAMILIES
+            else f"{feature.words} is {self._plain(place, x)}, the runs have {self._plain(place, low)} to "
             f"{self._plain(place, high)}"
             for place, feature in enumerate(FEATURES)
             if not feature.risky and not low[place] <= x[place] <= high[place]

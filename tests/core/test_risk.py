@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rksp_core.profile import LayerProfile
 from rksp_core.risk import VERDICTS, decide, standard_learning_rate
+from rksp_core.risk_model import Risk
 
 
 def layers(*masses: float | None, status: str = "ok", kappa: float = 10.0) -> list[LayerProfile]:
@@ -96,3 +97,21 @@ def test_standard_rates_are_those_of_gpt3() -> None:
     between = standard_learning_rate(886, "adamw")
     assert between == pytest.approx(math.sqrt(6e-4 * 3e-4), rel=1e-2)  # 886 is the geometric mean, rounded
     assert standard_learning_rate(768, "sgd") is None
+
+
+def test_a_calibrated_risk_overrules_the_flow() -> None:
+    reasons = (("lion", -3.0), ("sgd", 2.5), ("log_learning_rate", 1.5), ("log_width", 0.1), ("log_depth", 0.0))
+
+    def asked(probability: float | None) -> Risk:
+        interval = None if probability is None else (probability / 2, probability)
+        return Risk(probability, interval, reasons, 0.0, 1.0, "unlike the runs" if probability is None else "")
+
+    verdicts = [decide(layers(0.9), risk=asked(p)).verdict for p in (0.09, 0.1, 0.49, 0.5, None)]
+    assert verdicts == ["proceed", "monitor", "monitor", "use_kss", "inconclusive"]
+    first, second = decide(layers(0.9), risk=asked(0.5)).reasons
+    assert first == (
+        "the probability of divergence is 50% (25% to 50%), against the mean run: the learning rate raises it, "
+        "the optimizer lowers it, the width raises it"
+    )
+    assert second.startswith("the paper's rule alone would say use_kss: mean near-unit mass 0.90")
+    assert decide(layers(0.9), risk=asked(None)).reasons[0] == "unlike the runs"

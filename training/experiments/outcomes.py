@@ -1,0 +1,68 @@
+"""``python -m training.experiments.outcomes FOLDER``: a sweep's records as outcomes, for `rksp calibrate`.
+
+python -m training.experiments.outcomes runs/sweeps/risk --part tuning > tuning.jsonl
+rksp calibrate tuning.jsonl --output risk.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rksp_core.errors import ConfigError, RkspError
+from rksp_core.launch import Launch
+from rksp_core.outcomes import Outcome
+from training.experiments.record import Record, read_records
+from training.experiments.spec import PARTS
+
+STEPS = 20  # of the look-ahead
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print one outcome a line, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m training.experiments.outcomes", description=__doc__)
+    parser.add_argument("records", type=Path, metavar="FOLDER", help="of a sweep, or its records.jsonl.gz")
+    parser.add_argument("--part", choices=PARTS, help="only the runs of this part")
+    parser.add_argument("--look-ahead", type=int, default=STEPS, metavar="STEPS", help=f"which one ({STEPS})")
+    arguments = parser.parse_args(argv)
+    try:
+        for record in read_records(arguments.records):
+            if arguments.part in (None, record["part"]):
+                print(json.dumps(outcome_of(record, arguments.look_ahead).to_dict()))
+    except RkspError as error:
+        print(f"outcomes: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def outcome_of(record: Record, steps: int = STEPS) -> Outcome:
+    """Return the outcome of a run, launched with its look-ahead of ``steps`` steps; its label is `rksp`.
+
+    Raises
+    ------
+    ConfigError
+        When the run had no such look-ahead.
+    """
+    ahead = next((each for each in record["look_ahead"] if each["steps"] == steps), None)
+    if ahead is None:
+        counts = ", ".join(str(each["steps"]) for each in record["look_ahead"]) or "none"
+        raise ConfigError(f"{record['key']} has no look-ahead of {steps} steps; it has {counts}")
+    given = record["configuration"]
+    launch = Launch(
+        learning_rate=given["optimizer.learning_rate"],
+        optimizer=given["optimizer.name"],
+        depth=given["model.arguments.depth"],
+        width=given["model.arguments.width"],
+        losses=ahead["losses"],
+        gradient_norms=ahead["gradient_norms"],
+        hidden_rms=(ahead["hidden_rms_before"], ahead["hidden_rms_after"]),
+        finite=ahead["finite"],
+        steps=steps,
+    )
+    return Outcome(record["key"], launch, record["labels"]["rksp"] is not None, record["horizon"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
