@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -227,3 +228,9 @@ def test_a_plan_is_written_once(tmp_path: Path) -> None:
 def test_the_shipped_specs_can_be_planned(path: Path) -> None:
     runs = plan(read_spec(path))
     assert {run.part for run in runs} == set(PARTS)
+
+
+def test_no_two_shipped_specs_share_a_seed() -> None:
+    """So that a model fitted on one of them has seen no batch, and no initialization, of another."""
+    ranges = sorted(read_spec(path).seeds.of(part) for path in SPECS for part in PARTS)
+    assert all(last < first for (_, last), (first, _) in itertools.pairwise(ranges))
