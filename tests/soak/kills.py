@@ -28,7 +28,7 @@ LONGEST = 4.0  # seconds that a process lives at most; its worker is ready after
 
 # What depends on the hour, or on how often it was tried, and not on the run.
 # Those of time; and the generation: what the other watcher sees all at once, and late, gives fewer orders.
-VOLATILE = {"at", "ordered_at", "issued_at", "expires_at", "generation"}
+VOLATILE = {"at", "ordered_at", "ordered_until", "issued_at", "expires_at", "generation"}
 
 
 def run(report: Report, folder: Path, *, short: bool) -> None:
