@@ -33,6 +33,7 @@ RECORD = {
         }
     ],
     "labels": {"paper": 40, "rksp": 45},
+    "learned": False,
     "horizon": 800,
 }
 
@@ -53,6 +54,11 @@ def test_records_become_outcomes(records: Path, tmp_path: Path, capsys: pytest.C
     assert (first.name, first.diverged, first.horizon) == ("tuning-abc-1", True, 800)
     assert (second.name, second.diverged) == ("untouched-abc-1", False)  # the label is rksp's
     assert first.launch.features()["hidden_rise"] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_a_run_that_did_not_learn_failed(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcomes.main([str(records), "--look-ahead", "5", "--label", "failed"]) == 0
+    assert [json.loads(line)["diverged"] for line in capsys.readouterr().out.splitlines()] == [True, True]
 
 
 def test_a_part_is_chosen(records: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Literal, get_args
 
 from rksp_core.errors import ConfigError, RkspError
 from rksp_core.launch import Launch
@@ -18,6 +19,8 @@ from training.experiments.record import Record, read_records
 from training.experiments.spec import PARTS
 
 STEPS = 20  # of the look-ahead
+Label = Literal["diverged", "failed"]
+LABELS: tuple[Label, ...] = get_args(Label)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,19 +29,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("records", type=Path, metavar="FOLDER", help="of a sweep, or its records.jsonl.gz")
     parser.add_argument("--part", choices=PARTS, help="only the runs of this part")
     parser.add_argument("--look-ahead", type=int, default=STEPS, metavar="STEPS", help=f"which one ({STEPS})")
+    parser.add_argument("--label", choices=LABELS, default="diverged", help="what counts as diverged")
     arguments = parser.parse_args(argv)
     try:
         for record in read_records(arguments.records):
             if arguments.part in (None, record["part"]):
-                print(json.dumps(outcome_of(record, arguments.look_ahead).to_dict()))
+                print(json.dumps(outcome_of(record, arguments.look_ahead, arguments.label).to_dict()))
     except RkspError as error:
         print(f"outcomes: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def outcome_of(record: Record, steps: int = STEPS) -> Outcome:
-    """Return the outcome of a run, launched with its look-ahead of ``steps`` steps; its label is `rksp`.
+def outcome_of(record: Record, steps: int = STEPS, label: Label = "diverged") -> Outcome:
+    """Return the outcome of a run, launched with its look-ahead of ``steps`` steps.
 
     Raises
     ------
@@ -61,7 +65,8 @@ def outcome_of(record: Record, steps: int = STEPS) -> Outcome:
         finite=ahead["finite"],
         steps=steps,
     )
-    return Outcome(record["key"], launch, record["labels"]["rksp"] is not None, record["horizon"])
+    bad = record["labels"]["rksp"] is not None if label == "diverged" else not record["learned"]
+    return Outcome(record["key"], launch, bad, record["horizon"])
 
 
 if __name__ == "__main__":
