@@ -7,7 +7,7 @@ The ridge is the one of the smallest cross-validated log loss over the same runs
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,11 @@ from scipy.special import expit
 from scipy.stats import mannwhitneyu
 
 from rksp_core.errors import ConfigError
-from rksp_core.launch import FEATURES, NAMES
+from rksp_core.launch import FEATURES, NAMES, Feature
 from rksp_core.outcomes import Outcome
 from rksp_core.risk_model import RiskModel, apart_from
+
+Bounds = tuple[float | None, float | None]
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 FOLDS = 8
@@ -28,7 +30,13 @@ SAME = 0.02  # the scale of what is the same in all runs, so that any other valu
 LEAST_RUNS = 30  # and so many of either outcome as there are features
 
 
-def fit(outcomes: Sequence[Outcome], *, seed: int = 0, about: Mapping[str, Any] | None = None) -> RiskModel:
+def fit(
+    outcomes: Sequence[Outcome],
+    *,
+    seed: int = 0,
+    about: Mapping[str, Any] | None = None,
+    left_out: Collection[str] = (),
+) -> RiskModel:
     """Return the model that these runs give.
 
     Its ``about`` says how many they are, and how well runs were predicted by the fits without them (cross-validated):
@@ -43,6 +51,8 @@ def fit(outcomes: Sequence[Outcome], *, seed: int = 0, about: Mapping[str, Any] 
         Of the folds and the bootstrap.
     about
         What else the model is to say of itself.
+    left_out
+        Features that get no weight, to see what the others do without them.
 
     Raises
     ------
@@ -64,13 +74,14 @@ def fit(outcomes: Sequence[Outcome], *, seed: int = 0, about: Mapping[str, Any] 
     scale[scale < SAME] = SAME  # never exactly 0: the mean of equal numbers is rounded
     x = (raw - mean) / scale
     random = np.random.default_rng(seed)
-    predicted = _predicted(x, y, random)
+    bounds = [(None, None), *[_bounds(feature, left_out) for feature in FEATURES]]
+    predicted = _predicted(x, y, random, bounds)
     ridge = min(RIDGES, key=lambda each: float(np.logaddexp(0, predicted[each]).sum() - y @ predicted[each]))
-    weights = [_weights(x, y, ridge)]
+    weights = [_weights(x, y, ridge, bounds)]
     while len(weights) <= BOOTSTRAP:
         chosen = random.integers(0, len(y), len(y))
         if 0 < y[chosen].sum() < len(y):
-            weights.append(_weights(x[chosen], y[chosen], ridge))
+            weights.append(_weights(x[chosen], y[chosen], ridge, bounds))
     return RiskModel(
         mean=mean,
         scale=scale,
@@ -107,7 +118,13 @@ def _same(what: str, values: Sequence[int]) -> int:
     return values[0]
 
 
-def _weights(x: np.ndarray, y: np.ndarray, ridge: float) -> np.ndarray:
+def _bounds(feature: Feature, left_out: Collection[str]) -> Bounds:
+    if feature.name in left_out:
+        return 0.0, 0.0
+    return (0.0, None) if feature.risky else (None, None)
+
+
+def _weights(x: np.ndarray, y: np.ndarray, ridge: float, bounds: Sequence[Bounds]) -> np.ndarray:
     """(n, p), (n,) -> (1 + p,)."""
     design = np.column_stack([np.ones(len(x)), x])
     penalty = np.array([0.0, *[ridge] * x.shape[1]])
@@ -117,12 +134,13 @@ def _weights(x: np.ndarray, y: np.ndarray, ridge: float) -> np.ndarray:
         value = float(np.logaddexp(0, odds).sum() - y @ odds + 0.5 * penalty @ w**2)
         return value, design.T @ (expit(odds) - y) + penalty * w
 
-    bounds = [(None, None), *[(0.0 if feature.risky else None, None) for feature in FEATURES]]
     found = minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B", bounds=bounds)
     return np.asarray(found.x)
 
 
-def _predicted(x: np.ndarray, y: np.ndarray, random: np.random.Generator) -> dict[float, np.ndarray]:
+def _predicted(
+    x: np.ndarray, y: np.ndarray, random: np.random.Generator, bounds: Sequence[Bounds]
+) -> dict[float, np.ndarray]:
     """Return for each ridge the log-odds of each run by a fit without its fold, (n,).
 
     Each fold has its share of both outcomes.
@@ -135,7 +153,7 @@ def _predicted(x: np.ndarray, y: np.ndarray, random: np.random.Generator) -> dic
     for fold in range(FOLDS):
         left_out = folds == fold
         for ridge, odds in predicted.items():
-            w = _weights(x[~left_out], y[~left_out], ridge)
+            w = _weights(x[~left_out], y[~left_out], ridge, bounds)
             odds[left_out] = w[0] + x[left_out] @ w[1:]
     return predicted
 

@@ -82,6 +82,12 @@ def test_risk_grows_with_the_rate(model: RiskModel, one: float, other: float, ri
         assert low <= high
 
 
+def test_a_feature_that_is_left_out_has_no_weight():
+    fitted = fit(planted(200), left_out=["loss_rise"])
+    assert not fitted.weights[:, 1 + NAMES.index("loss_rise")].any()
+    assert fitted.weights[:, 1 + NAMES.index("log_learning_rate")].all()
+
+
 def test_reasons_add_up_to_the_log_odds(model: RiskModel):
     risk = model.risk(launch(0.03, 1.0))
     odds = model.weights[0, 0] + sum(share for _, share in risk.reasons)
