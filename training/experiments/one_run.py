@@ -14,7 +14,7 @@ import torch
 from rksp_core.device import choose_device
 from rksp_core.features import figures
 from rksp_core.lookahead import look_ahead
-from rksp_core.profile import ModelProfile
+from rksp_core.profile import SUMMARY_FIELDS, ModelProfile
 from rksp_core.wasserstein import Curves, distances
 from training.config import Config
 from training.experiments.onset import onset
@@ -29,22 +29,13 @@ from training.run import build_run
 from training.tasks import PROBE
 
 # Of each layer of the profile before the first step.
-LAYER_FIELDS = (
-    "near_unit_mass",
-    "expansive_mass",
-    "contractive_mass",
-    "spectral_radius",
-    "sigma_max",
-    "henrici_departure",
-    "kreiss_constant",
-    "transient_growth",
-    "nonlinearity_ratio",
-    "update_ratio",
+LAYER_FIELDS = tuple(
+    name for name in SUMMARY_FIELDS if name not in ("mid_mass", "eigenvector_condition", "reliable_modes_ratio")
 )
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Attempt:
     """How an attempt at a run ended: a record, an ``error``, or neither when the time was over before it began."""
 
     run: PlannedRun
@@ -52,14 +43,14 @@ class Outcome:
     error: str = ""
 
 
-def attempt(spec: Spec, planned: PlannedRun, device: str, deadline: float | None) -> Outcome:
+def attempt(spec: Spec, planned: PlannedRun, device: str, deadline: float | None) -> Attempt:
     """Carry out a run in a worker, unless the clock is past ``deadline``; its trouble does not end the others."""
     if deadline is not None and time.time() > deadline:
-        return Outcome(planned)
+        return Attempt(planned)
     try:
-        return Outcome(planned, carry_out(spec, planned, device))
+        return Attempt(planned, carry_out(spec, planned, device))
     except Exception as error:  # noqa: BLE001 - it is said at the end
-        return Outcome(planned, error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return Attempt(planned, error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def carry_out(spec: Spec, planned: PlannedRun, device: str) -> Record:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rksp_core.errors import ConfigError, RkspError
-from training.experiments.one_run import Outcome, attempt
+from training.experiments.one_run import Attempt, attempt
 from training.experiments.plan import PlannedRun, plan, write_plan
 from training.experiments.record import Records
 from training.experiments.spec import PARTS, Spec, read_spec
@@ -84,14 +84,14 @@ def _sweep(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"another sweep is at work in {folder}; wait for it, or give another --folder") from error
     done = records.keys()
     print(f"{spec.name}: {sum(run.key in done for run in wanted)} of {len(wanted)} runs have a record now")
-    for outcome in failed:
-        print(f"sweep: {outcome.run.key} ({outcome.run.group}) failed: {outcome.error}", file=sys.stderr)
+    for made in failed:
+        print(f"sweep: {made.run.key} ({made.run.group}) failed: {made.error}", file=sys.stderr)
     return FAILED if failed else 0
 
 
 def _make(
     spec: Spec, runs: list[PlannedRun], records: Records, arguments: argparse.Namespace, began: float
-) -> list[Outcome]:
+) -> list[Attempt]:
     """Make the runs, write a record as soon as each is over, and return those that failed."""
     deadline = None if arguments.time_limit is None else began + arguments.time_limit
     failed = []
@@ -106,21 +106,21 @@ def _make(
     with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as progress:
         bar = progress.add_task(spec.name, total=len(runs))
         diverged = 0
-        for count, outcome in enumerate(_outcomes(spec, runs, arguments, deadline), start=1):
-            if outcome.record is not None:
-                records.write(outcome.record)
-                diverged += outcome.record["status"] == "diverged"
-            elif outcome.error:
-                failed.append(outcome)
+        for count, made in enumerate(_attempts(spec, runs, arguments, deadline), start=1):
+            if made.record is not None:
+                records.write(made.record)
+                diverged += made.record["status"] == "diverged"
+            elif made.error:
+                failed.append(made)
             progress.update(bar, advance=1, description=f"{spec.name}: {diverged} diverged")
-            if not terminal.is_terminal and (outcome.record is not None or outcome.error):
-                print(f"{count}/{len(runs)} {_ending(outcome)}", flush=True)
+            if not terminal.is_terminal and (made.record is not None or made.error):
+                print(f"{count}/{len(runs)} {_ending(made)}", flush=True)
     return failed
 
 
-def _outcomes(
+def _attempts(
     spec: Spec, runs: list[PlannedRun], arguments: argparse.Namespace, deadline: float | None
-) -> Iterator[Outcome]:
+) -> Iterator[Attempt]:
     name, options = arguments.backend, {}
     if name == "loky":
         options = {"inner_max_num_threads": 1}
@@ -136,10 +136,10 @@ def _outcomes(
         yield from parallel(joblib.delayed(attempt)(spec, run, arguments.device, deadline) for run in runs)
 
 
-def _ending(outcome: Outcome) -> str:
-    if outcome.record is None:
-        return f"{outcome.run.key} ({outcome.run.group}) failed: {outcome.error}"
-    record = outcome.record
+def _ending(made: Attempt) -> str:
+    if made.record is None:
+        return f"{made.run.key} ({made.run.group}) failed: {made.error}"
+    record = made.record
     ending = f"held-out loss {record['final']['loss']}"
     if record["status"] == "diverged":
         ending = f"diverged at step {record['labels']['rksp']}, from {record['onset']} on"
