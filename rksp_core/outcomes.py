@@ -56,7 +56,8 @@ def _of_file(path: Path) -> Iterator[tuple[str, Outcome]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the outcomes {path} ({error})") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ConfigError(f"cannot read the outcomes {path} ({reason}); name a file of one outcome a line") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
             place = f"{path}, line {number}"
@@ -68,10 +69,18 @@ def _of_file(path: Path) -> Iterator[tuple[str, Outcome]]:
 
 def _of_line(document: Any) -> Outcome:
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ConfigError(f"expected a document of schema {SCHEMA!r}")
+        raise ConfigError(
+            f"expected a document of schema {SCHEMA!r}, made of a preflight report and what became of the run"
+        )
     name, diverged, horizon = document["name"], document["diverged"], document["horizon"]
-    if not (isinstance(name, str) and isinstance(diverged, bool) and isinstance(horizon, int) and horizon > 0):
-        raise ConfigError("name is a text, diverged is true or false, horizon is a count of steps")
+    if not isinstance(name, str):
+        raise ConfigError(f"name is a text, got {name!r}")
+    if not isinstance(diverged, bool):
+        raise ConfigError(f"diverged is true or false, got {diverged!r}")
+    if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
+        raise ConfigError(f"horizon is a count of steps, got {horizon!r}")
+    if document["launch"] is None:
+        raise ConfigError("its launch is null: the report comes from a preflight without --lr, or without a look-ahead")
     launch = Launch.from_dict(document["launch"])
     launch.features()  # whatever cannot be used is refused here, where its line is known
     return Outcome(name, launch, diverged, horizon)

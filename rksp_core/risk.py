@@ -97,7 +97,7 @@ def decide(
     flow = _by_flow(layers, normalized, learning_rate, standard_rate, look_ahead_loss)
     beside = f"the paper's rule alone would say {flow.verdict}: {'; '.join(flow.reasons)}"
     if risk.probability is None:
-        return Decision("inconclusive", (risk.outside, beside), CALIBRATED)
+        return Decision("inconclusive", (risk.outside, beside))
     verdict: Verdict = (
         "proceed" if risk.probability < LOW_RISK else "monitor" if risk.probability < HIGH_RISK else "use_kss"
     )

@@ -26,6 +26,7 @@ from rksp_core.launch import FAMILIES, FEATURES, NAMES, Launch
 SCHEMA = "rksp.risk_model/1"
 INTERVAL = (0.05, 0.95)  # quantiles over the bootstrap samples
 ARRAYS = ("mean", "scale", "weights", "runs", "diverged")
+ROUNDING = 1e-6  # of a standardized feature
 REFINEMENTS = 3  # halvings of the bracket, on the scale of the logarithm of the rate
 
 
@@ -246,12 +247,12 @@ class RiskModel:
             else f"{feature.words} is {self._plain(place, x)}, the runs have {self._plain(place, low)} to "
             f"{self._plain(place, high)}"
             for place, feature in enumerate(FEATURES)
-            if not feature.risky and not low[place] <= x[place] <= high[place]
+            if not feature.risky and not low[place] - ROUNDING <= x[place] <= high[place] + ROUNDING
         ]
         what = "; ".join(beyond) or "no single figure is beyond theirs, but no run combines them so"
         return (
             f"unlike the {len(self.runs)} runs that the risk was calibrated on ({what}; the nearest, {nearest}, is "
-            f"{distance:.1f} standard deviations away, {self.limit:.1f} are allowed); calibrate on runs of your own "
+            f"{distance:.2g} standard deviations away, {self.limit:.2g} are allowed); calibrate on runs of your own "
             "with `rksp calibrate`"
         )
 

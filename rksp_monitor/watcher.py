@@ -469,9 +469,15 @@ class RunWatcher:
         previous = self._judge.state.level
         decision = self._judge.obey(self._hold)
         if self._hold != held:
-            self._log.warning("hold", **({"released": True} if self._hold is None else self._hold.to_dict()))
+            self._log.warning(
+                "hold", **(self._hold.to_dict() if self._hold is not None else {"ended": self._why_ended(held)})
+            )
         if decision is not None:
             self._report(previous, decision)
+
+    def _why_ended(self, held: Hold | None) -> str:
+        over = held is not None and not held.holds(self._clock())
+        return "its time was over" if over else "released"
 
     def _deliver(self) -> None:
         """Give the trainer the last order; a control folder that cannot be written is tried again at the next scan."""

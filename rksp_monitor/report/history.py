@@ -223,7 +223,9 @@ def _order(cells: dict[str, Cell]) -> str:
 def _note(cells: dict[str, Cell]) -> str:
     if cells["kind"] == "hold":
         held = cells["hold_by"] is not None
-        return printable(f"by {cells['hold_by'] or 'nobody named'}: {cells['hold_reason']}" if held else "released")
+        return printable(
+            f"by {cells['hold_by'] or 'nobody named'}: {cells['hold_reason']}" if held else "the hold ended"
+        )
     marks = [name.replace("_", " ") for name in ("set_aside", "late") if cells[name]]
     status = [] if cells["status"] == "done" else [str(cells["status"])]
     return printable(", ".join([*status, *marks, *(str(cells[name]) for name in ("error", "fired") if cells[name])]))

@@ -117,7 +117,10 @@ def test_what_is_the_same_in_all_runs_is_known_there_and_nowhere_else():
     runs = [dataclasses.replace(run, launch=dataclasses.replace(run.launch, width=16, depth=3)) for run in planted(200)]
     fitted = fit(runs)
     assert fitted.risk(launch(width=16, depth=3)).probability is not None
-    assert fitted.risk(launch(width=17, depth=3)).probability is None
+    unlike = fitted.risk(launch(width=17, depth=3))
+    assert unlike.probability is None
+    assert "the width is 17, the runs have 16 to 16" in unlike.outside
+    assert "the depth" not in unlike.outside
 
 
 @pytest.mark.parametrize(("rate", "rise", "expected"), [(100.0, 6.0, 1.0), (1e-9, -6.0, 0.0)])
@@ -249,7 +252,9 @@ LINE = planted(1)[0].to_dict()
         ("{", "line 2 holds no outcome of a run"),
         (json.dumps({"schema": "rksp.preflight/1"}), "expected a document of schema 'rksp.outcome/1'"),
         (json.dumps({k: v for k, v in LINE.items() if k != "diverged"}), "'diverged' is missing"),
-        (json.dumps(LINE | {"diverged": "yes"}), "diverged is true or false"),
+        (json.dumps(LINE | {"diverged": "yes"}), "diverged is true or false, got 'yes'"),
+        (json.dumps(LINE | {"horizon": 0}), "horizon is a count of steps, got 0"),
+        (json.dumps(LINE | {"launch": None}), "its launch is null: the report comes from a preflight without --lr"),
         (json.dumps(LINE | {"launch": 3}), "a launch has the keys depth, .*; got int"),
         (json.dumps(LINE | {"launch": LINE["launch"] | {"depth": 0}}), "a depth, a width and steps of at least 1"),
         (json.dumps(LINE | {"launch": LINE["launch"] | {"losses": "3"}}), "copy it from a preflight report as it is"),

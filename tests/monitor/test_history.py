@@ -259,7 +259,7 @@ class TestExports:
         told = ["150", "hold"]
         lines = [line for line in printed(folder, capsys=capsys).splitlines() if line.split()[:2] == told]
         assert ["0.3" in line and "by ann: trying KSS" in line for line in lines] == [True, False]
-        assert lines[1].endswith("released")
+        assert lines[1].endswith("the hold ended")
         text = printed(folder, "--format", "csv", "--kind", "hold", capsys=capsys)
         rows = list(csv.DictReader(io.StringIO(text)))
         assert [row["order_alpha"] for row in rows] == ["0.3", ""]
