@@ -485,6 +485,24 @@ def test_a_hold_keeps_the_policy_from_ordering_and_its_release_lets_it(bench: Be
     assert bench.gauge("rksp_control_held") == 0
 
 
+@pytest.mark.parametrize("why", ["its time was over", "released"])
+def test_the_end_of_a_hold_says_whether_anybody_released_it(bench: Bench, why: str):
+    file = hold_file(bench.described.ledger)
+    write_hold(file, Hold(until=bench.now + 60, by="ann", reason="a minute"), bench.now)
+    tiny_model.save_folder(bench.folder, 100)
+
+    class Slow(FakeReplayer):
+        def replay(self, path: Path, **options: Any) -> Replayed:
+            if why == "released":
+                remove_hold(file)
+            else:
+                bench.now += 60
+            return super().replay(path, **options)
+
+    bench.run(Slow({100: [CheckpointError("crash"), profile()]}))  # so there is another scan
+    assert [log.get("ended") for log in bench.logs if log["event"] == "hold"] == [None, why]
+
+
 def test_a_persons_word_is_in_the_history_as_the_decision_it_is(bench: Bench):
     """When it was heard, once however often the watcher starts, with the order it led to; then its release."""
     hold = hold_file(bench.described.ledger)
