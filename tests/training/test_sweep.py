@@ -234,3 +234,14 @@ def test_no_two_shipped_specs_share_a_seed() -> None:
     """So that a model fitted on one of them has seen no batch, and no initialization, of another."""
     ranges = sorted(read_spec(path).seeds.of(part) for path in SPECS for part in PARTS)
     assert all(last < first for (_, last), (first, _) in itertools.pairwise(ranges))
+
+
+def test_the_records_that_are_kept_are_runs_of_their_plan() -> None:
+    kept = Path(__file__).parents[2] / "benchmarks" / "data" / "risk"
+    planned = {run.key: run for run in plan(read_spec(SPECS[0].parent / "risk.yaml"))}
+    records = list(read_records(kept))
+    assert len(records) > 250
+    for record in records:
+        assert record["part"] == planned[record["key"]].part
+        settings = planned[record["key"]].settings
+        assert record["configuration"]["optimizer.learning_rate"] == settings["optimizer.learning_rate"]
