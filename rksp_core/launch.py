@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rksp_core.errors import ConfigError
+from rksp_core.orders import is_number, is_whole
 
 if TYPE_CHECKING:
     from rksp_core.lookahead import LookAhead
@@ -98,13 +99,13 @@ class Launch:
         names = {each.name for each in fields(cls)}
         if not isinstance(document, Mapping) or set(document) != names:
             raise ConfigError(f"a launch has the keys {', '.join(sorted(names))}; got {_keys(document)}")
-        whole = all(isinstance(document[name], int) and document[name] > 0 for name in ("depth", "width", "steps"))
+        whole = all(is_whole(document[name]) and document[name] > 0 for name in ("depth", "width", "steps"))
         lists = [document[name] for name in ("losses", "gradient_norms", "hidden_rms")]
         if (
             not whole
             or not all(map(_numbers, lists))
             or len(document["hidden_rms"]) != 2
-            or not _numbers([document["learning_rate"]])
+            or not is_number(document["learning_rate"])
         ):
             raise ConfigError(
                 "a launch has numbers, or null, where its look-ahead has them, and a depth, a width and "
@@ -129,7 +130,6 @@ class Launch:
             raise ConfigError(f"no risk is known for the optimizer {self.optimizer!r}; known are {', '.join(FAMILIES)}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ConfigError(f"the learning rate must be positive, got {self.learning_rate}")
-        before, after = self.hidden_rms
         return {
             "log_learning_rate": math.log(self.learning_rate),
             "lion": float(family == "lion"),
@@ -138,7 +138,7 @@ class Launch:
             "log_width": math.log(self.width),
             "loss_rise": self._rise(self.losses),
             "gradient_rise": self._rise(self.gradient_norms),
-            "hidden_rise": self._rise((before, after)),
+            "hidden_rise": self._rise(self.hidden_rms),
         }
 
     def _rise(self, figures: Sequence[float | None]) -> float:
@@ -154,6 +154,4 @@ def _keys(document: object) -> str:
 
 
 def _numbers(values: object) -> bool:
-    return isinstance(values, list | tuple) and all(
-        value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in values
-    )
+    return isinstance(values, list | tuple) and all(value is None or is_number(value) for value in values)

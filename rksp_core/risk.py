@@ -92,9 +92,9 @@ def decide(
     risk
         What a risk model says of this launch; None when none was asked.
     """
-    if risk is None:
-        return _by_flow(layers, normalized, learning_rate, standard_rate, look_ahead_loss)
     flow = _by_flow(layers, normalized, learning_rate, standard_rate, look_ahead_loss)
+    if risk is None:
+        return flow
     beside = f"the paper's rule alone would say {flow.verdict}: {'; '.join(flow.reasons)}"
     if risk.probability is None:
         return Decision("inconclusive", (risk.outside, beside))

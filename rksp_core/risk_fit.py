@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
-from scipy.stats import mannwhitneyu
+from scipy.stats import rankdata
 
 from rksp_core.errors import ConfigError
 from rksp_core.launch import FEATURES, NAMES, Feature
@@ -106,7 +106,17 @@ def fit(
 
 def auroc(scores: np.ndarray, y: np.ndarray) -> float:
     """Return the share of pairs of a run that diverged (y = 1) and one that did not whose scores are in that order."""
-    return float(mannwhitneyu(scores[y == 1], scores[y == 0]).statistic / (y.sum() * (1 - y).sum()))
+    right, pairs = pairs_in_order(scores, y == 1)
+    return right / pairs
+
+
+def pairs_in_order(scores: np.ndarray, bad: np.ndarray) -> tuple[float, int]:
+    """Return how many pairs (a bad run, a good one) have their scores in that order, and how many there are.
+
+    A tie is half a pair. ``bad`` holds truth values, (n,). From the ranks, as Mann and Whitney's U.
+    """
+    count = int(bad.sum())
+    return float(rankdata(scores)[bad].sum() - count * (count + 1) / 2), count * (len(bad) - count)
 
 
 def _same(what: str, values: Sequence[int]) -> int:

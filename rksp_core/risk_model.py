@@ -123,7 +123,7 @@ class RiskModel:
         if distance > self.limit:
             nearest = self.names[int(apart.argmin())]
             return Risk(None, None, reasons, distance, self.limit, self._outside(x, distance, nearest))
-        probabilities = _sigmoid(self._log_odds(x))
+        probabilities = expit(self._log_odds(x))
         low, high = np.quantile(probabilities[1:], INTERVAL)
         return Risk(float(probabilities[0]), (float(low), float(high)), reasons, distance, self.limit)
 
@@ -295,10 +295,6 @@ def _crossing(log_rates: np.ndarray, odds: np.ndarray, wanted: float) -> float:
 
 def _rate(logarithm: float) -> float | None:
     return math.exp(logarithm) if math.isfinite(logarithm) else None
-
-
-def _sigmoid(odds: np.ndarray) -> np.ndarray:
-    return np.asarray(expit(odds))
 
 
 def _rounded(values: np.ndarray) -> Any:

@@ -66,9 +66,11 @@ def carry_out(spec: Spec, planned: PlannedRun, device: str) -> Record:
     config = planned.config(spec, device)
     run = build_run(config, Ranks(0, 1, chosen))
     trace = Trace(run, spec.measure)
-    curves = figures(trace.profile(trace.twin.model)).curves if spec.measure.look_ahead else {}
+    trace.after(run, None)
+    curves = {} if trace.first is None else figures(trace.first).curves
     ahead = [_look_ahead(trace, curves, count) for count in spec.measure.look_ahead]
-    seconds = drive(run, [trace])
+    before = trace.seconds
+    seconds = drive(run, [trace], begun=True)
     result = conclude(run, seconds=seconds)
     diverged_at = run.labels.rksp
     chance = chance_loss(config)
@@ -94,7 +96,7 @@ def carry_out(spec: Spec, planned: PlannedRun, device: str) -> Record:
         "final": {"loss": compact(result["loss"]), "accuracy": compact(result["accuracy"])},
         "learned": bool(diverged_at is None and result["loss"] is not None and result["loss"] <= chance / 2),
         "seconds": {
-            "training": round(seconds - trace.seconds, 2),
+            "training": round(seconds - (trace.seconds - before), 2),
             "measuring": round(trace.seconds, 2),
             "look_ahead": round(sum(each["seconds"] for each in ahead), 2),
         },
@@ -144,12 +146,8 @@ def _look_ahead(trace: Trace, curves: Curves, count: int) -> dict[str, Any]:
 def _initial(profile: ModelProfile | None) -> dict[str, Any]:
     if profile is None:
         return {}
-    layers = {name: [compact(value) for value in _values(profile, name)] for name in LAYER_FIELDS}
+    layers = {name: [compact(value) for value in profile.values(name)] for name in LAYER_FIELDS}
     return {"features": compact_all(figures(profile).numbers), "layers": layers}
-
-
-def _values(profile: ModelProfile, name: str) -> list[float | None]:
-    return [getattr(layer, name) for layer in profile.layers]
 
 
 def _environment(device: torch.device) -> dict[str, str]:

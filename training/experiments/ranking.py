@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rksp_core.risk_fit import pairs_in_order
+
 RESAMPLES = 1000  # of the runs, as in the paper
 LEVEL = 0.95
 
@@ -53,9 +55,8 @@ def auroc(scores: np.ndarray, bad: np.ndarray, groups: Sequence[object] | None =
     )
     right = pairs = 0.0
     for name in range(names.max(initial=0) + 1):
-        one, other = (scores[(names == name) & (bad == outcome)] for outcome in (True, False))
-        above = (one[:, None] > other).sum() + 0.5 * (one[:, None] == other).sum()
-        right, pairs = right + float(above), pairs + len(one) * len(other)
+        of_group = pairs_in_order(scores[names == name], bad[names == name])
+        right, pairs = right + of_group[0], pairs + of_group[1]
     return right / pairs if pairs else float("nan")
 
 
