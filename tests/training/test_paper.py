@@ -1,0 +1,162 @@
+"""The paper's tables: the page is what the kept results render to, shares have the intervals of textbooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rksp_core.errors import ConfigError
+from training.experiments.paper import __main__ as command
+from training.experiments.paper import contents, runs
+from training.experiments.paper.page import markdown, page
+from training.experiments.paper.section import Section, read_section, said, same, write_section
+from training.experiments.plan import plan
+from training.experiments.record import PACKED
+from training.experiments.spec import read_spec
+
+PAGE = contents.ROOT / "docs" / "paper.md"
+SPECS = sorted(contents.SPECS.glob("*.yaml"))
+SECTION = Section(
+    name="table_03",
+    title="stabilizers",
+    setting="Width 64, 12 runs.",
+    rows=(("none", "66.7 %", str(runs.Share(8, 12)), same(None)), ("KSS 0.15", "12.5 %", "1 of 12", same(True))),
+    sentence="Too few to say.",
+    figure="docs/images/report.png",
+)
+
+
+def test_the_page_is_what_the_kept_results_render_to() -> None:
+    assert PAGE.read_text() == page(PAGE.parent)
+
+
+@pytest.mark.parametrize("name", contents.names())
+def test_each_chapter_says_what_it_is(name: str) -> None:
+    one = contents.chapter(name)
+    assert one.__doc__
+    assert one.TITLE
+    assert isinstance(one.CHEAP, bool)
+    for spec in one.SPECS:
+        assert contents.runs_of(spec) in SPECS
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_the_specs_of_the_paper_can_be_planned(path: Path) -> None:
+    spec = read_spec(path)
+    assert spec.name == path.stem
+    assert {run.part for run in plan(spec)} == {"untouched"}  # nothing is chosen on them
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_the_records_of_the_paper_are_runs_of_their_plan(path: Path) -> None:
+    kept = contents.records_of(path.stem)
+    if kept.exists():
+        planned = {run.key for run in plan(read_spec(path))}
+        assert {record["key"] for record in runs.read_records(kept)} <= planned
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
+    write_section(tmp_path / "one.json", SECTION)
+    assert read_section(tmp_path / "one.json") == SECTION
+    (tmp_path / "one.json").write_text("[]")
+    with pytest.raises(ConfigError, match="compute it again"):
+        read_section(tmp_path / "one.json")
+
+
+def test_a_figure_is_found_from_where_the_page_lies() -> None:
+    text = markdown(SECTION, contents.ROOT / "docs")
+    assert "![stabilizers](images/report.png)" in text
+    assert "| none | 66.7 % | 8 of 12: 67 % [39, 86] | - |" in text
+
+
+def test_a_row_has_a_cell_for_each_column() -> None:
+    with pytest.raises(ValueError, match="needs 4 cells"):
+        Section("table_03", "stabilizers", "", (("none", "66.7 %"),), "")
+
+
+def test_a_sentence_whose_claim_fails_is_not_printed() -> None:
+    assert said("More than half diverged.", 8 / 12 > 0.5) == "More than half diverged."
+    with pytest.raises(ConfigError, match="claim 2 of 2 no longer holds: rewrite 'More than half"):
+        said("More than half diverged.", True, False)
+
+
+def test_a_share_has_the_interval_of_wilson() -> None:
+    """Wilson 1927: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), z = 1.959964."""
+    z2 = 1.959963984540054**2
+    for count, n in ((0, 45), (8, 12), (12, 12)):
+        p = count / n
+        half = (z2 * p * (1 - p) / n + (z2 / n) ** 2 / 4) ** 0.5
+        wanted = [(p + z2 / (2 * n) + sign * half) / (1 + z2 / n) for sign in (-1, 1)]
+        assert runs.Share(count, n).interval() == pytest.approx(wanted, abs=1e-10)
+    assert str(runs.Share(0, 0)) == "no run"
+
+
+def test_the_lady_tastes_no_tea() -> None:
+    """Fisher 1935: three of four cups right; (16 + 1) / 70 on either side."""
+    assert runs.fisher(runs.Share(3, 4), runs.Share(1, 4)) == pytest.approx(34 / 70)
+
+
+def test_a_mean_has_the_interval_of_student() -> None:
+    found = runs.mean([1.0, None, 3.0])
+    assert (found.value, found.runs) == (2.0, 2)
+    assert found.high - found.value == pytest.approx(12.706204736)  # t of one degree of freedom, times 1
+    assert str(runs.mean([0.5], digits=1)) == "0.5, n = 1"
+    assert str(runs.mean([None])) == "no run"
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A sweep of two arms and four runs of three steps, kept below the test's own folder."""
+    arguments = "{vocabulary: 32, length: 16, width: 16, depth: 2, heads: 2}"
+    (tmp_path / "tiny.yaml").write_text(
+        f"base: {{steps: 3, model: {{factory: 'training.models.gpt:GPT', arguments: {arguments}}},"
+        " task: {batch: 4, pairs: 2}}\n"
+        "groups: [{name: none}, {name: clip, settings: {stabilizers.clip: 1.0}}]\n"
+        "seeds: {each: 2, untouched: [31000, 31001]}\n"
+        "split: {tuning: 0, held_out: 0, untouched: 1}\n"
+        "measure: {profile: {every: 2, samples: 32, sequences: 4}, look_ahead: []}\n"
+    )
+    monkeypatch.setattr(contents, "SPECS", tmp_path)
+    monkeypatch.setattr(contents, "DATA", tmp_path / "kept")
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    return "tiny"
+
+
+def test_runs_are_made_kept_and_grouped(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runs.make_runs(tiny, 1, None) == 0
+    found = runs.arms(tiny)
+    assert list(found) == ["none", "clip"]
+    assert {record["seed"] for record in found["clip"]} == {31000, 31001}  # the same for every arm
+    assert str(runs.diverged(found["none"])) == "0 of 2: 0 % [0, 66]"
+    assert runs.progress(tiny) == "4 runs"
+    record = found["none"][0]
+    assert record["steps"]["every"] == runs.EVERY
+    assert runs.stripped(record) is record
+    assert runs.last(record, "near_unit_mass_mean") is not None
+    for path in (tmp_path / "runs" / "sweeps" / "paper" / "tiny" / "records").iterdir():
+        path.unlink()
+    (tmp_path / "runs" / "sweeps" / "paper" / "tiny" / PACKED).unlink()
+    kept = contents.records_of(tiny).read_bytes()
+    assert runs.make_runs(tiny, 1, None) == 0  # goes on from what is kept, which holds all of them
+    assert "4 of 4 runs have a record in" in capsys.readouterr().out
+    assert contents.records_of(tiny).read_bytes() == kept
+
+
+def test_a_table_without_its_runs_says_how_to_make_them(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Chapter:
+        TITLE, CHEAP, SPECS = "tiny", True, ("tiny",)
+
+    monkeypatch.setattr(command, "chapter", lambda _: Chapter)
+    monkeypatch.setattr(contents, "chapter", lambda _: Chapter)
+    assert command.main(["table_03"]) == 0
+    assert "table_03: not run yet: python -m training.experiments.paper table_03 --run" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="add --run"):
+        runs.arms(tiny)
+
+
+def test_a_mistake_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["table_99"]) == 2
+    assert capsys.readouterr().err.startswith("paper: NAME must be one of ")
