@@ -74,14 +74,13 @@ def fit(
     scale[scale < SAME] = SAME  # never exactly 0: the mean of equal numbers is rounded
     x = (raw - mean) / scale
     random = np.random.default_rng(seed)
-    bounds = [(None, None), *[_bounds(feature, left_out) for feature in FEATURES]]
-    predicted = _predicted(x, y, random, bounds)
-    ridge = min(RIDGES, key=lambda each: float(np.logaddexp(0, predicted[each]).sum() - y @ predicted[each]))
-    weights = [_weights(x, y, ridge, bounds)]
+    bounds = [_bounds(feature, left_out) for feature in FEATURES]
+    ridge, predicted = best_ridge(x, y, bounds, random)
+    weights = [fit_weights(x, y, ridge, bounds)]
     while len(weights) <= BOOTSTRAP:
         chosen = random.integers(0, len(y), len(y))
         if 0 < y[chosen].sum() < len(y):
-            weights.append(_weights(x[chosen], y[chosen], ridge, bounds))
+            weights.append(fit_weights(x[chosen], y[chosen], ridge, bounds))
     return RiskModel(
         mean=mean,
         scale=scale,
@@ -96,12 +95,48 @@ def fit(
             **(about or {}),
             "runs": len(runs),
             "diverged": int(y.sum()),
-            "auroc_cross_validated": round(auroc(predicted[ridge], y), 4),
+            "auroc_cross_validated": round(auroc(predicted, y), 4),
             "auroc_of_the_learning_rate": round(auroc(x[:, NAMES.index("log_learning_rate")], y), 4),
             "ridge": ridge,
             "seed": seed,
         },
     )
+
+
+def best_ridge(
+    x: np.ndarray, y: np.ndarray, bounds: Sequence[Bounds], random: np.random.Generator
+) -> tuple[float, np.ndarray]:
+    """Return the ridge of the smallest cross-validated log loss, and the log-odds of each run without its fold, (n,).
+
+    x are standardized features, (n, p), y outcomes, 1 or 0, (n,), ``bounds`` those of the p weights. Each fold has its
+    share of both outcomes.
+    """
+    folds = np.empty(len(y), dtype=int)
+    for outcome in (0, 1):
+        members = random.permutation(np.flatnonzero(y == outcome))
+        folds[members] = np.arange(len(members)) % FOLDS
+    predicted = {ridge: np.empty(len(y)) for ridge in RIDGES}
+    for fold in range(FOLDS):
+        left_out = folds == fold
+        for ridge, odds in predicted.items():
+            w = fit_weights(x[~left_out], y[~left_out], ridge, bounds)
+            odds[left_out] = w[0] + x[left_out] @ w[1:]
+    best = min(RIDGES, key=lambda ridge: float(np.logaddexp(0, predicted[ridge]).sum() - y @ predicted[ridge]))
+    return best, predicted[best]
+
+
+def fit_weights(x: np.ndarray, y: np.ndarray, ridge: float, bounds: Sequence[Bounds]) -> np.ndarray:
+    """Return the intercept and the weights, (1 + p,), of the penalized regression of y (n,) on x (n, p)."""
+    design = np.column_stack([np.ones(len(x)), x])
+    penalty = np.array([0.0, *[ridge] * x.shape[1]])
+
+    def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
+        odds = design @ w
+        value = float(np.logaddexp(0, odds).sum() - y @ odds + 0.5 * penalty @ w**2)
+        return value, design.T @ (expit(odds) - y) + penalty * w
+
+    found = minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B", bounds=[(None, None), *bounds])
+    return np.asarray(found.x)
 
 
 def auroc(scores: np.ndarray, y: np.ndarray) -> float:
@@ -132,40 +167,6 @@ def _bounds(feature: Feature, left_out: Collection[str]) -> Bounds:
     if feature.name in left_out:
         return 0.0, 0.0
     return (0.0, None) if feature.risky else (None, None)
-
-
-def _weights(x: np.ndarray, y: np.ndarray, ridge: float, bounds: Sequence[Bounds]) -> np.ndarray:
-    """(n, p), (n,) -> (1 + p,)."""
-    design = np.column_stack([np.ones(len(x)), x])
-    penalty = np.array([0.0, *[ridge] * x.shape[1]])
-
-    def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
-        odds = design @ w
-        value = float(np.logaddexp(0, odds).sum() - y @ odds + 0.5 * penalty @ w**2)
-        return value, design.T @ (expit(odds) - y) + penalty * w
-
-    found = minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B", bounds=bounds)
-    return np.asarray(found.x)
-
-
-def _predicted(
-    x: np.ndarray, y: np.ndarray, random: np.random.Generator, bounds: Sequence[Bounds]
-) -> dict[float, np.ndarray]:
-    """Return for each ridge the log-odds of each run by a fit without its fold, (n,).
-
-    Each fold has its share of both outcomes.
-    """
-    folds = np.empty(len(y), dtype=int)
-    for outcome in (0, 1):
-        members = random.permutation(np.flatnonzero(y == outcome))
-        folds[members] = np.arange(len(members)) % FOLDS
-    predicted = {ridge: np.empty(len(y)) for ridge in RIDGES}
-    for fold in range(FOLDS):
-        left_out = folds == fold
-        for ridge, odds in predicted.items():
-            w = _weights(x[~left_out], y[~left_out], ridge, bounds)
-            odds[left_out] = w[0] + x[left_out] @ w[1:]
-    return predicted
 
 
 def _limit(x: np.ndarray, diverged: np.ndarray) -> float:

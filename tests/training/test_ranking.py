@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from training.experiments.ranking import auroc, calibration_error, estimate, reliability
+from training.experiments.ranking import (
+    auroc,
+    calibration_by_chance,
+    calibration_error,
+    estimate,
+    expected_calibration_error,
+    reliability,
+)
 
 
 def test_the_area_is_that_of_a_library() -> None:
@@ -51,6 +58,14 @@ def test_few_runs_with_honest_probabilities_are_not_called_dishonest() -> None:
         honest = random.random(100)
         found.append(calibration_error(honest, random.random(100) < honest))
     assert np.median(found) < 0.04
+
+
+def test_what_chance_alone_shows_is_the_plain_error_of_honest_probabilities() -> None:
+    random = np.random.default_rng(0)
+    honest = random.random(200)
+    plain = [expected_calibration_error(honest, random.random(200) < honest) for _ in range(300)]
+    assert np.mean(plain) == pytest.approx(calibration_by_chance(honest), rel=0.05)
+    assert expected_calibration_error(np.full(10, 0.9), np.arange(10) < 4, bins=1) == pytest.approx(0.5, rel=1e-12)
 
 
 def test_an_interval_covers_what_it_should() -> None:

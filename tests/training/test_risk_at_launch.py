@@ -55,13 +55,24 @@ def test_the_tables_say_what_helped(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert risk_at_launch.main([str(path), "--plot", str(tmp_path / "reliability.png")]) == 0
     said = capsys.readouterr().out
     assert (tmp_path / "reliability.png").stat().st_size > 5000
-    value = {line.split("|")[1].strip(): float(line.split("|")[2].split()[0]) for line in said.splitlines()[4:19]}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines()[4:23]]
+    value = {row[0]: float(row[1].split()[0]) for row in rows if row[1] != "-"}
+    lead = {
+        row[0]: [float(end) for end in row[4].partition("[")[2].rstrip("]").split(",")]
+        for row in rows[1:]
+        if row[4] != "-"
+    }
     assert value["risk model"] > value["without the look-ahead"] > 0.65
     assert value["risk model"] > value["without the learning rate"] > 0.65
     assert value["without the optimizer"] == pytest.approx(value["risk model"], abs=0.01)  # all have the same one
     assert value["without the look-ahead"] == pytest.approx(value["log learning rate"], abs=0.02)
     assert abs(value["near-unit mass"] - 0.5) < 0.15
+    assert value["with the spectra at the start"] == pytest.approx(value["risk model"], abs=0.03)  # they say nothing
+    assert abs(value["the spectra at the start alone"] - 0.5) < 0.15
+    assert "eigenvector condition" not in value  # nobody made up for it
+    assert lead["near-unit mass"][0] > 0 > lead["with the spectra at the start"][0]
     assert "get no probability" in said
+    assert "Calibration error: expected" in said
 
 
 def test_a_part_without_runs_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ def calibration_error(probabilities: np.ndarray, bad: np.ndarray, bins: int = 10
     bin's frequency is taken off. 0 where that leaves nothing.
     """
     squared = 0.0
-    for members in np.array_split(np.argsort(probabilities, kind="stable"), bins):
+    for members in _bins(probabilities, bins):
         if len(members) > 1:
             frequency = bad[members].mean()
             variance = frequency * (1 - frequency) / (len(members) - 1)
@@ -76,7 +76,27 @@ def calibration_error(probabilities: np.ndarray, bad: np.ndarray, bins: int = 10
     return float(np.sqrt(max(squared, 0.0)))
 
 
+def expected_calibration_error(probabilities: np.ndarray, bad: np.ndarray, bins: int = 10) -> float:
+    """Return the mean absolute difference of probability and frequency over bins of equally many runs, as it is."""
+    gaps = [len(m) * abs(probabilities[m].mean() - bad[m].mean()) for m in _bins(probabilities, bins)]
+    return float(sum(gaps) / len(bad))
+
+
+def calibration_by_chance(probabilities: np.ndarray, bins: int = 10, seed: int = 0) -> float:
+    """Return the mean of `expected_calibration_error` over outcomes drawn with exactly these probabilities.
+
+    What perfect probabilities would show on so few runs: the bias of the plain error.
+    """
+    random = np.random.default_rng(seed)
+    drawn = random.random((RESAMPLES, len(probabilities))) < probabilities
+    return float(np.mean([expected_calibration_error(probabilities, outcomes, bins) for outcomes in drawn]))
+
+
 def reliability(probabilities: np.ndarray, bad: np.ndarray, bins: int = 10) -> list[tuple[float, float, int]]:
     """Return (mean probability, frequency, runs) of each bin of equally many runs, ascending."""
-    parts = np.array_split(np.argsort(probabilities, kind="stable"), min(bins, len(bad)))
-    return [(float(probabilities[each].mean()), float(bad[each].mean()), len(each)) for each in parts]
+    return [(float(probabilities[m].mean()), float(bad[m].mean()), len(m)) for m in _bins(probabilities, bins)]
+
+
+def _bins(probabilities: np.ndarray, bins: int) -> list[np.ndarray]:
+    """Return the indices of each bin, of equally many runs, none of them empty."""
+    return np.array_split(np.argsort(probabilities, kind="stable"), min(bins, len(probabilities)))

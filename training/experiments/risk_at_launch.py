@@ -1,8 +1,8 @@
 """``python -m training.experiments.risk_at_launch FOLDER``: who diverges, told before the first step (Table 2).
 
 The risk model is fitted to the runs of the part ``tuning``, and judged on ``held_out``, beside the paper's predictors,
-the simplest baselines, and itself without one group of features at a time. Prints Markdown; ``--plot`` draws the
-reliability.
+the simplest baselines, and itself without one group of features or with one more. ``--other`` judges it on the records
+of another sweep instead. Prints Markdown; ``--plot`` draws the reliability.
 """
 
 from __future__ import annotations
@@ -17,9 +17,18 @@ import numpy as np
 
 from rksp_core.errors import ConfigError, RkspError
 from rksp_core.launch import NAMES
-from rksp_core.risk_fit import fit
-from training.experiments.outcomes import LABELS, Label, outcome_of
-from training.experiments.ranking import Estimate, auroc, calibration_error, estimate, reliability
+from rksp_core.risk_fit import best_ridge, fit, fit_weights
+from training.experiments import eigenvector_condition
+from training.experiments.outcomes import LABELS, STEPS, Label, outcome_of
+from training.experiments.ranking import (
+    Estimate,
+    auroc,
+    calibration_by_chance,
+    calibration_error,
+    estimate,
+    expected_calibration_error,
+    reliability,
+)
 from training.experiments.record import Record, read_records
 
 GROUPS = {
@@ -28,9 +37,19 @@ GROUPS = {
     "depth and width": ("log_depth", "log_width"),
     "the look-ahead": ("loss_rise", "gradient_rise", "hidden_rise"),
 }
+SPECTRAL = (
+    "near_unit_mass_mean",
+    "near_unit_mass_min",
+    "expansive_mass_mean",
+    "spectral_radius_max",
+    "log_sigma_max",
+    "log_henrici_max",
+    "log_kreiss_max",
+    "log_growth_max",
+)
 SPIKE = 2.0  # a loss spike: a step whose loss is so many times the mean of the ten before
 
-
+MODEL = "risk model"
 Score = Callable[[Record], float | None]
 
 
@@ -59,9 +78,20 @@ def _rate(record: Record) -> float:
     return float(record["configuration"]["optimizer.learning_rate"])
 
 
+def _kappa(record: Record) -> float | None:
+    return record["initial"].get("eigenvector_condition", math.nan)  # put there by `_read`, where it was made up for
+
+
+def _mass_times_kappa(record: Record) -> float | None:
+    mass, kappa = _initial("near_unit_mass_mean")(record), _kappa(record)
+    return None if mass is None or kappa is None else mass * math.log10(kappa)
+
+
 # Of Table 2, and the simplest there are; larger is said to be riskier. The last four see the run itself.
 BASELINES: dict[str, Score] = {
     "near-unit mass": _initial("near_unit_mass_mean"),
+    "near-unit mass x log10 eigenvector condition": _mass_times_kappa,
+    "eigenvector condition": _kappa,
     "spectral radius, largest": _initial("spectral_radius_max"),
     "Kreiss constant, largest": _initial("log_kreiss_max"),
     "log learning rate": lambda record: math.log(_rate(record)),
@@ -80,11 +110,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("records", type=Path, metavar="FOLDER", help="of a sweep, or its records.jsonl.gz")
     parser.add_argument("--label", choices=LABELS, default="diverged")
     parser.add_argument("--on", default="held_out", metavar="PART", help="the part that is reported (held_out)")
+    parser.add_argument("--other", type=Path, metavar="FOLDER", help="report on all runs of another sweep instead")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     arguments = parser.parse_args(argv)
     try:
-        records = list(read_records(arguments.records))
-        tuning, reported = ([r for r in records if r["part"] == part] for part in ("tuning", arguments.on))
+        records = _read(arguments.records)
+        tuning = [record for record in records if record["part"] == "tuning"]
+        if arguments.other is not None:
+            reported = _read(arguments.other)
+        else:
+            reported = [record for record in records if record["part"] == arguments.on]
         if not reported:
             raise ConfigError(f"{arguments.records} holds no runs of the part {arguments.on!r}")
         print(report(tuning, reported, arguments.label, arguments.plot))
@@ -92,6 +127,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"risk_at_launch: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _read(path: Path) -> list[Record]:
+    """Return the records, with the eigenvector condition where there is one."""
+    records = list(read_records(path))
+    known = eigenvector_condition.read((path if path.is_dir() else path.parent) / eigenvector_condition.FILE)
+    for record in records:
+        if record["key"] in known:
+            record["initial"]["eigenvector_condition"] = known[record["key"]]
+    return records
 
 
 def report(tuning: Sequence[Record], reported: Sequence[Record], label: Label, plot: Path | None = None) -> str:
@@ -102,43 +147,98 @@ def report(tuning: Sequence[Record], reported: Sequence[Record], label: Label, p
     matched = [
         (norm, record["configuration"]["model.arguments.depth"]) for norm, record in zip(norms, reported, strict=True)
     ]
-    known = np.isfinite(scores["risk model"])
     said = f"{len(reported)} runs, {int(bad.sum())} {label}; the model was fitted to {len(tuning)} others"
     lines = [
-        f"{said}. AUROC with 95 % bootstrap intervals.",
+        f"{said}. AUROC with 95 % bootstrap intervals; the lead is that of the risk model, on the same resamples.",
         "",
-        "| score | all | within norms | within norm and depth |",
-        "|---|---|---|---|",
+        "| score | all | within norms | within norm and depth | lead, all | lead, within norms |",
+        "|---|---|---|---|---|---|",
     ]
     for name, score in scores.items():
         row = [_auroc(score, bad, groups) for groups in (None, norms, matched)]
-        lines.append(f"| {name} | {' | '.join(map(str, row))} |")
+        leads = [_lead(scores[MODEL], score, bad, groups) for groups in (None, norms)] if name != MODEL else ["", ""]
+        lines.append(f"| {name} | {' | '.join(map(str, [*row, *leads]))} |")
     within = {norm: np.array([each == norm for each in norms]) for norm in sorted(set(norms))}
     lines += ["", "| norm | runs | bad | risk model | learning rate |", "|---|---|---|---|---|"]
     for norm, members in within.items():
-        found = [_auroc(scores[name][members], bad[members], None) for name in ("risk model", "log learning rate")]
+        found = [_auroc(scores[name][members], bad[members], None) for name in (MODEL, "log learning rate")]
         lines.append(f"| {norm} | {members.sum()} | {bad[members].sum()} | {found[0]} | {found[1]} |")
-    probabilities, outcomes = scores["risk model"][known], bad[known]
-    error = estimate(lambda chosen: calibration_error(probabilities[chosen], outcomes[chosen]), len(outcomes))
-    unknown = f"{int((~known).sum())} of {len(bad)} runs are unlike those that were fitted and get no probability"
-    lines += ["", f"Calibration error (debiased, root mean square): {error}; {unknown}."]
+    known = np.isfinite(scores[MODEL])
+    probabilities, outcomes = scores[MODEL][known], bad[known]
+    lines += ["", *_calibration(probabilities, outcomes, int((~known).sum()), len(bad))]
     if plot is not None:
         draw(probabilities, outcomes, plot)
     return "\n".join(lines)
 
 
+def _calibration(probabilities: np.ndarray, bad: np.ndarray, unknown: int, runs: int) -> list[str]:
+    lines = [f"{unknown} of {runs} runs are unlike those that were fitted and get no probability."]
+    if not len(bad):
+        return lines
+    plain, debiased = (
+        estimate(lambda chosen, of=of: of(probabilities[chosen], bad[chosen]), len(bad))
+        for of in (expected_calibration_error, calibration_error)
+    )
+    chance = calibration_by_chance(probabilities)
+    said = (
+        f"Calibration error: expected {plain.value:.3f}, where perfect probabilities would show {chance:.3f} on so few "
+        f"runs; debiased, root mean square {debiased}."
+    )
+    lines += ["", said, "", "| told | happened | runs |", "|---|---|---|"]
+    return lines + [f"| {told:.3f} | {share:.3f} | {count} |" for told, share, count in reliability(probabilities, bad)]
+
+
 def predictions(tuning: Sequence[Record], reported: Sequence[Record], label: Label) -> dict[str, np.ndarray]:
-    """Return the model's probability for each run, NaN where it gives none, and its log-odds without each group."""
+    """Return the model's probability for each run, NaN where it gives none, and the log-odds of its variants.
+
+    A variant has one group of features less, or the spectra beside them; those of the latter have no sign to keep.
+    """
     outcomes = [outcome_of(record, label=label) for record in tuning]
     launches = [outcome_of(record, label=label).launch for record in reported]
     model = fit(outcomes)
     risks = [model.risk(launch).probability for launch in launches]
-    found = {"risk model": np.array([math.nan if risk is None else risk for risk in risks])}
+    found = {MODEL: np.array([math.nan if risk is None else risk for risk in risks])}
     x = np.array([[launch.features()[name] for name in NAMES] for launch in launches])
     for group, names in GROUPS.items():
         smaller = fit(outcomes, left_out=names)
         found[f"without {group}"] = smaller.weights[0, 0] + (x - smaller.mean) / smaller.scale @ smaller.weights[0, 1:]
+    fitted = np.array([[outcome.launch.features()[name] for name in NAMES] for outcome in outcomes])
+    y = np.array([outcome.diverged for outcome in outcomes], dtype=float)
+    for title, spectra in SPECTRA.items():
+        with_spectra = [np.column_stack([a, spectra(b)]) for a, b in ((fitted, tuning), (x, reported))]
+        found[f"with {title}"] = _log_odds(with_spectra[0], y, with_spectra[1])
+    found["the spectra at the start alone"] = _log_odds(_at_start(tuning), y, _at_start(reported))
     return found
+
+
+def _log_odds(fitted: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Return the log-odds of the rows of ``x`` by a regression on ``fitted``; an unknown feature counts as the mean."""
+    known = np.ma.masked_invalid(fitted)
+    mean, scale = known.mean(axis=0).filled(0), known.std(axis=0).filled(0) + 1e-9
+    standard, other = (np.nan_to_num((each - mean) / scale) for each in (fitted, x))
+    free = [(None, None)] * fitted.shape[1]
+    ridge, _ = best_ridge(standard, y, free, np.random.default_rng(0))
+    w = fit_weights(standard, y, ridge, free)
+    return w[0] + other @ w[1:]
+
+
+def _spectra(features: Sequence[dict[str, float | None]]) -> np.ndarray:
+    """(n, number of `SPECTRAL`); NaN where a feature is not known."""
+    return np.array(
+        [[math.nan if (value := each.get(name)) is None else value for name in SPECTRAL] for each in features]
+    )
+
+
+def _at_start(records: Sequence[Record]) -> np.ndarray:
+    return _spectra([record["initial"].get("features", {}) for record in records])
+
+
+def _after_look_ahead(records: Sequence[Record]) -> np.ndarray:
+    taken = [next(each for each in record["look_ahead"] if each["steps"] == STEPS) for record in records]
+    return _spectra([each.get("features", {}) for each in taken])
+
+
+SPECTRA = {"the spectra at the start": _at_start, "the spectra after the look-ahead": _after_look_ahead}
 
 
 def draw(probabilities: np.ndarray, bad: np.ndarray, path: Path) -> None:
@@ -162,13 +262,20 @@ def _column(records: Sequence[Record], of: Callable[[Record], float | None]) -> 
 
 def _auroc(scores: np.ndarray, bad: np.ndarray, groups: Sequence[object] | None) -> Estimate:
     known = np.flatnonzero(~np.isnan(scores))
-    score, outcome = scores[known], bad[known]
-    names = None if groups is None else [groups[place] for place in known]
+    return estimate(lambda chosen: _auroc_of(scores, bad, groups, known[chosen]), len(known))
+
+
+def _lead(model: np.ndarray, scores: np.ndarray, bad: np.ndarray, groups: Sequence[object] | None) -> Estimate:
+    known = np.flatnonzero(~np.isnan(scores) & ~np.isnan(model))
 
     def of(chosen: np.ndarray) -> float:
-        return auroc(score[chosen], outcome[chosen], None if names is None else [names[place] for place in chosen])
+        return _auroc_of(model, bad, groups, known[chosen]) - _auroc_of(scores, bad, groups, known[chosen])
 
     return estimate(of, len(known))
+
+
+def _auroc_of(scores: np.ndarray, bad: np.ndarray, groups: Sequence[object] | None, chosen: np.ndarray) -> float:
+    return auroc(scores[chosen], bad[chosen], None if groups is None else [groups[place] for place in chosen])
 
 
 if __name__ == "__main__":
