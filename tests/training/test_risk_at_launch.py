@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from training.experiments import risk_at_launch
+from training.experiments import ranking, risk_at_launch
 from training.experiments.record import SCHEMA
 
 
@@ -47,7 +47,10 @@ def record(number: int, random: np.random.Generator) -> dict[str, Any]:
     }
 
 
-def test_the_tables_say_what_helped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tables_say_what_helped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranking, "RESAMPLES", 100)
     random = np.random.default_rng(0)
     path = tmp_path / "records.jsonl.gz"
     with gzip.open(path, "wt") as stream:

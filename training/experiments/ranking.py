@@ -44,20 +44,25 @@ def estimate(statistic: Callable[[np.ndarray], float], runs: int, seed: int = 0)
     return Estimate(value, float(low), float(high), runs)
 
 
-def auroc(scores: np.ndarray, bad: np.ndarray, groups: Sequence[object] | None = None) -> float:
+def auroc(scores: np.ndarray, bad: np.ndarray, groups: Sequence[object] | np.ndarray | None = None) -> float:
     """Return the share of pairs (a bad run, a good one) whose scores are in that order; a tie is half a pair.
 
     With ``groups``, only pairs of one group count: what is left is what the group itself does not tell. NaN without a
     pair.
     """
-    names = (
-        np.zeros(len(bad), dtype=int) if groups is None else np.unique([str(g) for g in groups], return_inverse=True)[1]
-    )
+    names = np.zeros(len(bad), dtype=int) if groups is None else numbered(groups)
     right = pairs = 0.0
     for name in range(names.max(initial=0) + 1):
         of_group = pairs_in_order(scores[names == name], bad[names == name])
         right, pairs = right + of_group[0], pairs + of_group[1]
     return right / pairs if pairs else float("nan")
+
+
+def numbered(groups: Sequence[object] | np.ndarray) -> np.ndarray:
+    """Return the number of each one's group, (n,); numbers as they are, so that a resample need not count again."""
+    if isinstance(groups, np.ndarray) and groups.dtype.kind == "i":
+        return groups
+    return np.unique([str(group) for group in groups], return_inverse=True)[1]
 
 
 def calibration_error(probabilities: np.ndarray, bad: np.ndarray, bins: int = 10) -> float:

@@ -27,6 +27,7 @@ from training.experiments.ranking import (
     calibration_error,
     estimate,
     expected_calibration_error,
+    numbered,
     reliability,
 )
 from training.experiments.record import Record, read_records
@@ -143,10 +144,9 @@ def report(tuning: Sequence[Record], reported: Sequence[Record], label: Label, p
     """Return the tables as Markdown."""
     bad = np.array([outcome_of(record, label=label).diverged for record in reported])
     scores = {**predictions(tuning, reported, label), **{name: _column(reported, of) for name, of in BASELINES.items()}}
-    norms = [record["configuration"]["model.arguments.norm"] for record in reported]
-    matched = [
-        (norm, record["configuration"]["model.arguments.depth"]) for norm, record in zip(norms, reported, strict=True)
-    ]
+    norms = np.array([record["configuration"]["model.arguments.norm"] for record in reported])
+    depths = [record["configuration"]["model.arguments.depth"] for record in reported]
+    groupings = None, numbered(norms), numbered(list(zip(norms, depths, strict=True)))
     said = f"{len(reported)} runs, {int(bad.sum())} {label}; the model was fitted to {len(tuning)} others"
     lines = [
         f"{said}. AUROC with 95 % bootstrap intervals; the lead is that of the risk model, on the same resamples.",
@@ -155,10 +155,10 @@ def report(tuning: Sequence[Record], reported: Sequence[Record], label: Label, p
         "|---|---|---|---|---|---|",
     ]
     for name, score in scores.items():
-        row = [_auroc(score, bad, groups) for groups in (None, norms, matched)]
-        leads = [_lead(scores[MODEL], score, bad, groups) for groups in (None, norms)] if name != MODEL else ["", ""]
+        row = [_auroc(score, bad, groups) for groups in groupings]
+        leads = [_lead(scores[MODEL], score, bad, groups) for groups in groupings[:2]] if name != MODEL else ["", ""]
         lines.append(f"| {name} | {' | '.join(map(str, [*row, *leads]))} |")
-    within = {norm: np.array([each == norm for each in norms]) for norm in sorted(set(norms))}
+    within = {norm: norms == norm for norm in sorted(set(norms))}
     lines += ["", "| norm | runs | bad | risk model | learning rate |", "|---|---|---|---|---|"]
     for norm, members in within.items():
         found = [_auroc(scores[name][members], bad[members], None) for name in (MODEL, "log learning rate")]
@@ -260,12 +260,12 @@ def _column(records: Sequence[Record], of: Callable[[Record], float | None]) -> 
     return np.array([math.inf if value is None else value for value in values])
 
 
-def _auroc(scores: np.ndarray, bad: np.ndarray, groups: Sequence[object] | None) -> Estimate:
+def _auroc(scores: np.ndarray, bad: np.ndarray, groups: np.ndarray | None) -> Estimate:
     known = np.flatnonzero(~np.isnan(scores))
     return estimate(lambda chosen: _auroc_of(scores, bad, groups, known[chosen]), len(known))
 
 
-def _lead(model: np.ndarray, scores: np.ndarray, bad: np.ndarray, groups: Sequence[object] | None) -> Estimate:
+def _lead(model: np.ndarray, scores: np.ndarray, bad: np.ndarray, groups: np.ndarray | None) -> Estimate:
     known = np.flatnonzero(~np.isnan(scores) & ~np.isnan(model))
 
     def of(chosen: np.ndarray) -> float:
@@ -274,8 +274,8 @@ def _lead(model: np.ndarray, scores: np.ndarray, bad: np.ndarray, groups: Sequen
     return estimate(of, len(known))
 
 
-def _auroc_of(scores: np.ndarray, bad: np.ndarray, groups: Sequence[object] | None, chosen: np.ndarray) -> float:
-    return auroc(scores[chosen], bad[chosen], None if groups is None else [groups[place] for place in chosen])
+def _auroc_of(scores: np.ndarray, bad: np.ndarray, groups: np.ndarray | None, chosen: np.ndarray) -> float:
+    return auroc(scores[chosen], bad[chosen], None if groups is None else groups[chosen])
 
 
 if __name__ == "__main__":
