@@ -94,13 +94,14 @@ class ControlWriter:
         *,
         clip: float | None = None,
         learning_rate_scale: float | None = None,
+        rollback_to: int | None = None,
         known: int = 0,
         expires_in: float | None = None,
     ) -> Desired:
         """Return the next order without writing it, so that a ledger can hold it before the trainer sees it.
 
-        ``clip`` and ``learning_rate_scale`` are as in `rksp_core.orders.Levers`; ``known`` is the largest generation in
-        the ledger; ``expires_in`` is in seconds from now, None never expires.
+        ``clip`` and ``learning_rate_scale`` are as in `rksp_core.orders.Levers`, ``rollback_to`` as in `Desired`;
+        ``known`` is the largest generation in the ledger; ``expires_in`` is in seconds from now, None never expires.
 
         Raises
         ------
@@ -120,6 +121,7 @@ class ControlWriter:
             reason=reason,
             clip=levers.clip,
             learning_rate_scale=levers.learning_rate_scale,
+            rollback_to=rollback_to,
         )
 
     def issue(
@@ -130,6 +132,7 @@ class ControlWriter:
         *,
         clip: float | None = None,
         learning_rate_scale: float | None = None,
+        rollback_to: int | None = None,
         known: int = 0,
         expires_in: float | None = None,
     ) -> Desired:
@@ -140,8 +143,16 @@ class ControlWriter:
         ControlError
             When a lever is out of its range, or the control folder cannot be written.
         """
-        levers = {"clip": clip, "learning_rate_scale": learning_rate_scale}
-        desired = self.prepare(run_id, kss, reason, **levers, known=known, expires_in=expires_in)
+        desired = self.prepare(
+            run_id,
+            kss,
+            reason,
+            clip=clip,
+            learning_rate_scale=learning_rate_scale,
+            rollback_to=rollback_to,
+            known=known,
+            expires_in=expires_in,
+        )
         self.write(desired)
         return desired
 
@@ -184,7 +195,8 @@ class ControlListener:
 
     An order that is unreadable, out of range or outside the limits is ``rejected``, never clamped; one for another run
     or of an older generation is ``ignored``. Both are acknowledged here, with a message; what held before goes on. An
-    order that has expired, on arrival or later, means alpha 0 and everything else the trainer's own.
+    order that has expired, on arrival or later, means alpha 0 and everything else the trainer's own. One that a
+    restarted trainer had obeyed before comes again without ``rollback_to``: that happens once.
 
     Parameters
     ----------
@@ -222,6 +234,7 @@ class ControlListener:
         self._active = Levers.of(own, None, None)
         self._active_generation = self._obeyed = 0
         self._highest, self._ended = self._acknowledged()
+        self._before = self._highest  # a restart: this order was obeyed already
         self._pending_expiry: tuple[float, Desired] | None = None
 
     def poll(self, step: int) -> Desired | None:
@@ -250,8 +263,19 @@ class ControlListener:
             return order.ended()
         return None
 
-    def acknowledge(self, desired: Desired, step: int, status: AckStatus = "applied", message: str = "") -> None:
+    def acknowledge(
+        self,
+        desired: Desired,
+        step: int,
+        status: AckStatus = "applied",
+        message: str = "",
+        *,
+        rolled_back_to: int | None = None,
+    ) -> None:
         """Answer an order that `poll` returned: ``applied`` (an expired one says ``expired``), or ``rejected``.
+
+        ``step`` is where the order was obeyed; ``rolled_back_to`` where the trainer went back to, if it was asked to
+        and could.
 
         Raises
         ------
@@ -263,7 +287,8 @@ class ControlListener:
             self._obeyed = desired.generation
             if desired.expired:
                 status, message = "expired", message or "the order's time is over: KSS is off"
-        self._answer(desired.generation, step, status, message)
+        asked = desired.rollback_to is not None
+        self._answer(desired.generation, step, status, message, rollback=asked, rolled_back_to=rolled_back_to)
 
     def restore(self, desired: Desired) -> None:
         """Go on with the order that held when the checkpoint was written from which a trainer resumes.
@@ -271,6 +296,7 @@ class ControlListener:
         Its time runs on. The order in the folder, the same one or a newer one, is obeyed at the next `poll` as ever.
         """
         self._active, self._active_generation = desired.levers, desired.generation
+        self._before = max(self._before, desired.generation)
         if desired.expires_at is not None and not desired.expired:
             self._pending_expiry = seconds(desired.expires_at), desired
 
@@ -297,6 +323,8 @@ class ControlListener:
             self._answer(desired.generation, step, "rejected", outside)
             return None
         self._highest = desired.generation
+        if desired.generation <= self._before:
+            desired = desired.standing
         self._pending_expiry = None
         if desired.expires_at is not None:
             end = seconds(desired.expires_at)
@@ -324,7 +352,16 @@ class ControlListener:
             return f"generation {desired.generation} is not newer than {max(self._highest, self._obeyed)}"
         return None
 
-    def _answer(self, generation: int, step: int, status: str, message: str) -> None:
+    def _answer(
+        self,
+        generation: int,
+        step: int,
+        status: str,
+        message: str,
+        *,
+        rollback: bool = False,
+        rolled_back_to: int | None = None,
+    ) -> None:
         if status in {"rejected", "ignored"}:
             _log.warning("step %d: order %d is %s: %s", step, generation, status, message)
         answer = Acknowledgement(
@@ -338,6 +375,8 @@ class ControlListener:
             self._active.kss,
             self._active.clip,
             self._active.learning_rate_scale,
+            rollback,
+            rolled_back_to,
         )
         # A trainer's first poll may come before the monitor created the folder; then there was no order to answer.
         write_atomic(

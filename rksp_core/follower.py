@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from rksp_core.orders import VARIANTS, Desired, Levers
 
 _log = logging.getLogger(__name__)
 
-_NONE = [0.0] * 8
+_NONE = [0.0] * 9
+
+Rollback = Callable[[int], int | None]
 
 
 class ControlFollower:
@@ -49,8 +52,24 @@ class ControlFollower:
         What an order switches and configures.
     limits
         What this trainer lets an order set; by default any regularizer, and nothing beside it.
+    rollback
+        Takes the loop back to its newest checkpoint at or before a step, weights, optimizer, schedule and its own
+        count of steps, and returns the step from which it goes on; None where there is no such checkpoint. Called in
+        every process at the same boundary, before the levers of the order are set. Without it an order's other levers
+        are obeyed, and the answer says that this trainer cannot go back.
     mode
         Permission bits of the answer.
+
+    Attributes
+    ----------
+    levers
+        What holds now.
+    order
+        The order that was obeyed last, in the process that reads; None before the first.
+    rollback
+        As above; a loop may set it later.
+    rollbacks
+        How often it went back.
     """
 
     def __init__(
@@ -60,11 +79,13 @@ class ControlFollower:
         regularizer: KSSRegularizer,
         limits: Limits = Limits(),  # noqa: B008 - it is frozen
         *,
+        rollback: Rollback | None = None,
         mode: int = 0o600,
     ) -> None:
         self.levers = Levers.of(regularizer.settings, None, None)
         self.order: Desired | None = None
-        self._regularizer = regularizer
+        self.rollback, self.rollbacks = rollback, 0
+        self._regularizer, self._limits = regularizer, limits
         self._listener: ControlListener | None = ControlListener(folder, run_id, limits, own=self.levers.kss, mode=mode)
         self._several: bool | None = None  # not known before the first step: a loop may join its processes until then
         self._group: dist.ProcessGroup | None = None
@@ -72,27 +93,33 @@ class ControlFollower:
     def follow(self, step: int) -> Levers | None:
         """Obey an order that has come since the last call; return what holds from now on, None when nothing changed.
 
-        ``step`` counts the updates made so far.
+        ``step`` counts the updates made so far; an order may have taken the loop back when this returns.
         """
         if self._several is None:
             self._join()
         desired = self._poll(step)
         if desired is None and not self._several:
             return None
-        levers = _levers(self._from_first(_numbers(desired)))
+        obstacle = self._obstacle(desired)
+        *numbers, back = self._from_first(_numbers(desired, rollback=obstacle is None))
+        levers, reached = _levers(numbers), None
+        if back and self.rollback is not None:
+            reached = self.rollback(int(back) - 1)
+            self.rollbacks += reached is not None
         if levers is not None:
             self._set(levers)
         if desired is not None:
-            self._acknowledge(desired, step)
+            self._acknowledge(desired, step, reached, obstacle)
         return levers
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain JSON-able values; rank 0 has it."""
-        order = self.order
-        return {"order": None if order is None else {**order.to_dict(), "expired": order.expired}}
+        order = None if self.order is None else {**self.order.standing.to_dict(), "expired": self.order.expired}
+        return {"order": order, "rollbacks": self.rollbacks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the order that held when rank 0 returned this state."""
+        self.rollbacks = state.get("rollbacks", 0)
         if state["order"] is None:
             return
         order = dict(state["order"])
@@ -122,12 +149,29 @@ class ControlFollower:
             _log.warning("step %d: an order was refused, and the answer cannot be written: %s", step, error)
             return None
 
-    def _acknowledge(self, desired: Desired, step: int) -> None:
+    def _obstacle(self, desired: Desired | None) -> str | None:
+        """Return why an order that asks for it cannot take this loop back, whatever checkpoints there are."""
+        if desired is None or desired.rollback_to is None:
+            return None
+        if self.rollback is None:
+            return "this trainer cannot go back"
+        if self.rollbacks >= self._limits.rollbacks:
+            return f"this trainer goes back {self._limits.rollbacks} times at most (limits.rollbacks)"
+        return None
+
+    def _acknowledge(self, desired: Desired, step: int, reached: int | None, obstacle: str | None) -> None:
         self.order = desired
         _log.info("step %d: order %d, KSS weight %g", step, desired.generation, desired.kss.alpha)
+        message = ""
+        if desired.rollback_to is not None:
+            missing = f"there is no checkpoint at or before step {desired.rollback_to}"
+            message = (
+                f"went back to step {reached}" if reached is not None else f"did not go back: {obstacle or missing}"
+            )
+            _log.warning("step %d: %s", step, message)
         try:
             if self._listener is not None:
-                self._listener.acknowledge(desired, step)
+                self._listener.acknowledge(desired, step, message=message, rolled_back_to=reached)
         except OSError as error:
             _log.warning("step %d: the answer cannot be written: %s", step, error)
 
@@ -140,8 +184,11 @@ class ControlFollower:
         return values
 
 
-def _numbers(desired: Desired | None) -> list[float]:
-    """Return an order as numbers; 0 stands for what it does not set, and for no order."""
+def _numbers(desired: Desired | None, *, rollback: bool) -> list[float]:
+    """Return an order as numbers; 0 stands for what it does not set, and for no order.
+
+    The last one is one more than the step to go back to, where that may be done.
+    """
     if desired is None:
         return _NONE
     levers = desired.levers
@@ -150,11 +197,12 @@ def _numbers(desired: Desired | None) -> list[float]:
         *(levers.alpha, levers.interval, levers.layer_fraction, levers.gamma),
         0.0 if levers.variant is None else VARIANTS.index(levers.variant) + 1.0,
         *(levers.clip or 0.0, levers.learning_rate_scale or 0.0),
+        0.0 if desired.rollback_to is None or not rollback else desired.rollback_to + 1.0,
     ]
 
 
 def _levers(numbers: list[float]) -> Levers | None:
-    """Return what `_numbers` was given, its levers only."""
+    """Return the levers that `_numbers` was given."""
     order, alpha, interval, layer_fraction, gamma, variant, clip, scale = numbers
     if not order:
         return None

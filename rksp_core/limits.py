@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rksp_core.errors import ConfigError
-from rksp_core.orders import VARIANTS, Desired, Variant
+from rksp_core.orders import VARIANTS, Desired, Variant, is_whole
 
 Bounds = tuple[float, float]
 
@@ -20,12 +20,13 @@ class Limits:
     """Lowest and highest value of each lever, both allowed; ``variants`` are those that an order may choose.
 
     The regularizer's bounds are by default as wide as `rksp_core.KSSSettings` takes. ``clip`` and
-    ``learning_rate_scale`` None: this trainer has no such lever.
+    ``learning_rate_scale`` None: this trainer has no such lever. ``rollbacks``: how often orders may take the trainer
+    back to a checkpoint in all, so that nobody goes in circles for ever; beyond that it obeys the rest of the order.
 
     Raises
     ------
     ConfigError
-        When bounds are not two numbers in order, or a variant is unknown.
+        When bounds are not two numbers in order, a variant is unknown, or ``rollbacks`` is no count.
     """
 
     alpha: Bounds = (0.0, math.inf)
@@ -35,6 +36,7 @@ class Limits:
     variants: tuple[Variant, ...] = VARIANTS
     clip: Bounds | None = None
     learning_rate_scale: Bounds | None = None
+    rollbacks: int = 3
 
     def __post_init__(self) -> None:
         for name in (*_KSS, *_BESIDE):
@@ -44,6 +46,10 @@ class Limits:
         unknown = [variant for variant in self.variants if variant not in VARIANTS]
         if unknown:
             raise ConfigError(f"limits.variants has {unknown[0]!r}; the variants are {', '.join(VARIANTS)}")
+        if not is_whole(self.rollbacks) or self.rollbacks < 0:
+            raise ConfigError(
+                f"limits.rollbacks must be a whole number of at least 0, got {self.rollbacks!r}; correct it"
+            )
 
     def refusal(self, desired: Desired) -> str | None:
         """Return why an order must not be applied, as a sentence; None when it may be.

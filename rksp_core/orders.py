@@ -1,9 +1,9 @@
 """What an order to a trainer says and what the trainer answers: the content of ``desired.json`` and ``applied.json``.
 
-Values and their JSON forms only; `rksp_core.control` writes, reads and obeys them. Both forms have two versions. The
-second one adds ``kss.variant``, ``clip`` and ``learning_rate_scale``, and is written only where one of them is set: so
-a trainer of the first version obeys all that it knows, and refuses the rest by the name of the schema. No torch here:
-any process can import this module cheaply.
+Values and their JSON forms only; `rksp_core.control` writes, reads and obeys them. Both forms have three versions. The
+second one adds ``kss.variant``, ``clip`` and ``learning_rate_scale``, the third ``rollback_to`` (``rolled_back_to`` in
+the answer); each is written only where it is needed: so a trainer of the first version obeys all that it knows, and
+refuses the rest by the name of the schema. No torch here: any process can import this module cheaply.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeGuard
 
 from rksp_core.errors import ControlError
 
-ORDER_SCHEMAS = ("rksp.control/1", "rksp.control/2")
-ACK_SCHEMAS = ("rksp.control.ack/1", "rksp.control.ack/2")
+ORDER_SCHEMAS = ("rksp.control/1", "rksp.control/2", "rksp.control/3")
+ACK_SCHEMAS = ("rksp.control.ack/1", "rksp.control.ack/2", "rksp.control.ack/3")
 
 AckStatus = Literal["applied", "ignored", "rejected", "expired"]
 Variant = Literal["paper", "hinge"]
@@ -145,6 +145,8 @@ class Reason:
 class Desired:
     """One order of the monitor; ``clip`` and ``learning_rate_scale`` as in `Levers`.
 
+    ``rollback_to`` asks the trainer to go back, once, to its newest checkpoint at or before this step, and to go on
+    from there with the levers; None leaves it where it is. It is an event: no part of the state that the levers are.
     ``expired`` marks the order that follows when its time is over: alpha 0, and all else the trainer's own.
     """
 
@@ -157,25 +159,32 @@ class Desired:
     expired: bool = False
     clip: float | None = None
     learning_rate_scale: float | None = None
+    rollback_to: int | None = None
 
     @property
     def levers(self) -> Levers:
         """All that the order sets."""
         return Levers.of(self.kss, self.clip, self.learning_rate_scale)
 
+    @property
+    def standing(self) -> Desired:
+        """The order without what happens only once."""
+        return dataclasses.replace(self, rollback_to=None)
+
     def ended(self) -> Desired:
         """Return what holds when the order's time is over."""
         off = dataclasses.replace(self.kss, alpha=0.0, variant=None)
-        return dataclasses.replace(self, kss=off, clip=None, learning_rate_scale=None, expired=True)
+        return dataclasses.replace(self.standing, kss=off, clip=None, learning_rate_scale=None, expired=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form of ``desired.json``."""
-        levers = self.levers
+        levers, once = self.levers, {} if self.rollback_to is None else {"rollback_to": self.rollback_to}
         return {
-            "schema": ORDER_SCHEMAS[levers.version - 1],
+            "schema": ORDER_SCHEMAS[2 if once else levers.version - 1],
             "run_id": self.run_id,
             "generation": self.generation,
             **levers.to_dict(),
+            **once,
             "issued_at": self.issued_at,
             "expires_at": self.expires_at,
             "reason": dataclasses.asdict(self.reason),
@@ -193,8 +202,8 @@ class Desired:
         schema = document.get("schema") if isinstance(document, Mapping) else document
         if not isinstance(document, Mapping) or schema not in ORDER_SCHEMAS:
             raise ControlError(
-                f"an order has schema {ORDER_SCHEMAS[0]!r} or {ORDER_SCHEMAS[1]!r}, got {schema!r}; use a monitor of "
-                "this version"
+                f"an order has schema {' or '.join(map(repr, ORDER_SCHEMAS))}, got {schema!r}; use a monitor of this "
+                "version"
             )
         version = ORDER_SCHEMAS.index(schema) + 1
         try:
@@ -207,8 +216,9 @@ class Desired:
             if expires_at is not None:
                 seconds(expires_at)
             reason = {f.name: document.get("reason", {}).get(f.name) for f in dataclasses.fields(Reason)}
-            if version == 2:
-                _check_second(document)
+            if version > 1:
+                _check_later(document, version)
+            back = _step_back(document, version)
             levers = Levers.from_dict(document, version)
             return cls(
                 run_id=run_id,
@@ -219,6 +229,7 @@ class Desired:
                 reason=Reason(**reason),
                 clip=levers.clip,
                 learning_rate_scale=levers.learning_rate_scale,
+                rollback_to=back,
             )
         except ControlError:
             raise
@@ -228,7 +239,11 @@ class Desired:
 
 @dataclass(frozen=True)
 class Acknowledgement:
-    """What the trainer says about an order; ``active`` is what holds now, whatever became of the order."""
+    """What the trainer says about an order; ``active`` is what holds now, whatever became of the order.
+
+    ``rollback`` says that the order asked the trainer to go back, ``rolled_back_to`` the step from which it goes on
+    since then: None where it could not, for the reason in ``message``.
+    """
 
     run_id: str
     generation: int
@@ -240,6 +255,8 @@ class Acknowledgement:
     active_kss: KSSSettings
     active_clip: float | None = None
     active_learning_rate_scale: float | None = None
+    rollback: bool = False
+    rolled_back_to: int | None = None
 
     @property
     def active(self) -> Levers:
@@ -248,15 +265,16 @@ class Acknowledgement:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form of ``applied.json``."""
-        active = self.active
+        active, once = self.active, {"rolled_back_to": self.rolled_back_to} if self.rollback else {}
         return {
-            "schema": ACK_SCHEMAS[active.version - 1],
+            "schema": ACK_SCHEMAS[2 if once else active.version - 1],
             "run_id": self.run_id,
             "generation": self.generation,
             "step": self.step,
             "at": self.at,
             "status": self.status,
             "message": self.message,
+            **once,
             "active": {"generation": self.active_generation, **active.to_dict()},
         }
 
@@ -273,8 +291,15 @@ class Acknowledgement:
             schema, active = document["schema"], document["active"]
             if schema not in ACK_SCHEMAS:
                 raise ControlError(f"an acknowledgement has schema {' or '.join(ACK_SCHEMAS)}, got {schema!r}")
-            levers = Levers.from_dict(active, ACK_SCHEMAS.index(schema) + 1)
-            numbers = (document["generation"], document["step"], active["generation"])
+            version = ACK_SCHEMAS.index(schema) + 1
+            levers = Levers.from_dict(active, version)
+            reached = document["rolled_back_to"] if version == 3 else None
+            numbers = (
+                document["generation"],
+                document["step"],
+                active["generation"],
+                0 if reached is None else reached,
+            )
             if not all(is_whole(number) for number in numbers):
                 raise ControlError(f"an acknowledgement needs whole numbers for generation and step, got {numbers}")
             return cls(
@@ -283,19 +308,33 @@ class Acknowledgement:
                 active_kss=levers.kss,
                 active_clip=levers.clip,
                 active_learning_rate_scale=levers.learning_rate_scale,
+                rollback=version == 3,
+                rolled_back_to=reached,
             )
         except (KeyError, TypeError) as error:
             raise ControlError(f"the acknowledgement cannot be read ({error!r})") from error
 
 
-def _check_second(document: Mapping[str, Any]) -> None:
-    """Refuse what the second version does not know: a misspelt lever would go back to the trainer's own unseen."""
-    known = {"schema", "run_id", "generation", "kss", *_BESIDE, "issued_at", "expires_at", "reason"}
+def _check_later(document: Mapping[str, Any], version: int) -> None:
+    """Refuse what a later version does not know: a misspelt lever would go back to the trainer's own unseen."""
+    known = {"schema", "run_id", "generation", "kss", *_BESIDE, "issued_at", "expires_at", "reason", "rollback_to"}
     unknown = [name for name in document if name not in known]
     if unknown:
         raise ControlError(f"an order has no field {unknown[0]!r}; the levers beside kss are {', '.join(_BESIDE)}")
     if "alpha" not in document["kss"]:
-        raise ControlError(f"an order of schema {ORDER_SCHEMAS[1]!r} names kss.alpha; 0 is off")
+        raise ControlError(f"an order of schema {ORDER_SCHEMAS[version - 1]!r} names kss.alpha; 0 is off")
+
+
+def _step_back(document: Mapping[str, Any], version: int) -> int | None:
+    """Return the step that an order asks its trainer to go back to, which is what the third version is for."""
+    if version < 3:
+        if "rollback_to" in document:
+            raise ControlError(f"rollback_to needs the schema {ORDER_SCHEMAS[2]!r}; let a monitor write the order")
+        return None
+    step = document["rollback_to"]
+    if not is_whole(step) or step < 0:
+        raise ControlError(f"rollback_to must be a step, a whole number of at least 0, got {step!r}; correct it")
+    return step
 
 
 def timestamp(moment: float) -> str:

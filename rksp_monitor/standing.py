@@ -168,6 +168,9 @@ def _trainer_limits(folder: Path) -> Limits | None:
         return None
     try:
         limits = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))["control"]["limits"]
-        return Limits(**{name: tuple(value) if isinstance(value, list) else value for name, value in limits.items()})
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in limits.items()
+        }
+        return Limits(**given)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError, ConfigError):
         return None

@@ -194,9 +194,17 @@ BROKEN = {
     "clip in the first version": '{"schema": "rksp.control/1", "run_id": "run", "generation": 2, "kss": {}, "clip": 1}',
     "variant in the first version": '{"schema": "rksp.control/1", "run_id": "run", "generation": 2, "kss": '
     '{"alpha": 1, "variant": "hinge"}}',
+    "rollback in the first version": '{"schema": "rksp.control/1", "run_id": "run", "generation": 2, "kss": {}, '
+    '"rollback_to": 3}',
     "no alpha": '{"schema": "rksp.control/2", "run_id": "run", "generation": 2, "kss": {}, "clip": 1}',
     "misspelt lever": '{"schema": "rksp.control/2", "run_id": "run", "generation": 2, "kss": {"alpha": 0}, "klip": 1}',
     "no clip": '{"schema": "rksp.control/2", "run_id": "run", "generation": 2, "kss": {"alpha": 0}, "clip": 0}',
+    "rollback in the second version": '{"schema": "rksp.control/2", "run_id": "run", "generation": 2, "kss": '
+    '{"alpha": 0}, "rollback_to": 3}',
+    "no step in the third version": '{"schema": "rksp.control/3", "run_id": "run", "generation": 2, "kss": '
+    '{"alpha": 0}}',
+    "no step to go back to": '{"schema": "rksp.control/3", "run_id": "run", "generation": 2, "kss": {"alpha": 0}, '
+    '"rollback_to": -1}',
     "unknown variant": '{"schema": "rksp.control/2", "run_id": "run", "generation": 2, "kss": '
     '{"alpha": 1, "variant": "x"}}',
 }
@@ -299,12 +307,15 @@ def test_a_group_that_may_read_orders_may_answer_them(tmp_path: Path, mode: int,
     variant=st.sampled_from([None, "paper", "hinge"]),
     clip=st.none() | st.floats(1e-6, 1e6),
     scale=st.none() | st.floats(1e-6, 1e6),
+    back=st.none() | st.integers(0, 10**6),
 )
-def test_orders_and_answers_survive_json_in_the_first_version_that_can_say_them(alpha, interval, variant, clip, scale):
+def test_orders_and_answers_survive_json_in_the_first_version_that_can_say_them(
+    alpha, interval, variant, clip, scale, back
+):
     kss = KSSSettings(alpha, interval, variant=variant)
-    order = Desired("run", 3, kss, clip=clip, learning_rate_scale=scale)
-    answer = Acknowledgement("run", 3, 9, "", "applied", "", 3, kss, clip, scale)
-    version = 1 if (variant, clip, scale) == (None, None, None) else 2
+    order = Desired("run", 3, kss, clip=clip, learning_rate_scale=scale, rollback_to=back)
+    answer = Acknowledgement("run", 3, 9, "", "applied", "", 3, kss, clip, scale, back is not None, back)
+    version = 3 if back is not None else 1 if (variant, clip, scale) == (None, None, None) else 2
     assert order.to_dict()["schema"] == f"rksp.control/{version}"
     assert answer.to_dict()["schema"] == f"rksp.control.ack/{version}"
     assert Desired.from_dict(json.loads(json.dumps(order.to_dict()))) == order
@@ -437,6 +448,7 @@ def test_off_is_never_outside_the_limits():
         ({"clip": (0.0, math.nan)}, "limits.clip must be [lowest, highest]"),
         ({"learning_rate_scale": 0.5}, "limits.learning_rate_scale must be [lowest, highest], got 0.5"),
         ({"variants": ("papers",)}, "limits.variants has 'papers'; the variants are paper, hinge"),
+        ({"rollbacks": -1}, "limits.rollbacks must be a whole number of at least 0, got -1; correct it"),
     ],
 )
 def test_impossible_limits_are_refused_in_one_sentence(bad: dict, message: str):
@@ -500,3 +512,35 @@ def test_a_refused_order_is_logged_and_the_answer_says_what_holds(
     answer = writer.applied()
     assert answer is not None
     assert (answer.status, answer.active_kss.alpha) == ("rejected", 0.05)
+
+
+def test_going_back_happens_once_whoever_starts_again_and_is_over_with_the_order(
+    writer: ControlWriter, listener: ControlListener, clock: Clock
+) -> None:
+    writer.issue("run", ON, Reason(), rollback_to=20, expires_in=60)
+    order = listener.poll(25)
+    assert order is not None
+    assert order.rollback_to == 20
+    listener.acknowledge(order, 25, message="went back to step 16", rolled_back_to=16)
+    said = writer.applied()
+    assert said is not None
+    assert (said.rollback, said.rolled_back_to, said.step) == (True, 16, 25)
+    again = ControlListener(writer.folder, "run", clock=clock).poll(18)
+    assert again == order.standing, "its levers hold, but the trainer is where it is"
+    resumed = ControlListener(writer.folder, "run", clock=clock)
+    (writer.folder / "applied.json").unlink()
+    resumed.restore(order)
+    assert resumed.poll(18) == order.standing
+    clock.now += 61
+    ended = ControlListener(writer.folder, "run", clock=clock).poll(30)
+    assert ended is not None
+    assert (ended.expired, ended.rollback_to) == (True, None)
+
+
+def test_an_answer_says_that_a_loop_which_knows_no_rollback_stayed_where_it_was(
+    writer: ControlWriter, listener: ControlListener
+) -> None:
+    writer.issue("run", ON, Reason(), rollback_to=20)
+    listener.acknowledge(listener.poll(25), 25)
+    assert answer(writer.folder)["schema"] == "rksp.control.ack/3"
+    assert answer(writer.folder)["rolled_back_to"] is None

@@ -64,12 +64,74 @@ def test_an_answer_that_cannot_be_written_is_logged_and_stops_nothing(
     ControlWriter(tmp_path / "gone").issue("run", ORDER, Reason())
     acknowledge = one._listener.acknowledge
 
-    def after_the_folder_went(*args: object) -> None:
+    def after_the_folder_went(*args: object, **named: object) -> None:
         shutil.rmtree(tmp_path / "gone")
-        acknowledge(*args)
+        acknowledge(*args, **named)
 
     monkeypatch.setattr(one._listener, "acknowledge", after_the_folder_went)
     with caplog.at_level(logging.WARNING):
         assert one.follow(5) is not None
     assert regularizer.settings == ORDER
     assert "step 5: the answer cannot be written" in caplog.text
+
+
+def answer_to_a_rollback(one: ControlFollower, folder: Path) -> dict:
+    ControlWriter(folder).issue("run", ORDER, Reason(), clip=0.5, rollback_to=30)
+    assert one.follow(42) == one.levers == Levers.of(ORDER, 0.5, None)
+    return json.loads((folder / "applied.json").read_text())
+
+
+def test_an_order_takes_the_loop_back_before_its_levers_are_set(tmp_path: Path) -> None:
+    one, regularizer = follower(tmp_path)
+    seen: list[tuple[int, float]] = []
+
+    def rollback(step: int) -> int:
+        seen.append((step, regularizer.settings.alpha))
+        regularizer.load_state_dict({"steps": 3, "skipped_layers": 0, "settings": {"alpha": 0.7}})  # of a checkpoint
+        return 25
+
+    one.rollback = rollback
+    answer = answer_to_a_rollback(one, tmp_path)
+    assert (seen, one.rollbacks) == ([(30, 0.05)], 1)
+    assert (regularizer.settings, regularizer.steps) == (ORDER, 3)
+    assert (answer["schema"], answer["status"], answer["step"]) == ("rksp.control.ack/3", "applied", 42)
+    assert (answer["rolled_back_to"], answer["message"]) == (25, "went back to step 25")
+    assert one.follow(25) is None
+
+
+@pytest.mark.parametrize(
+    ("rollback", "rollbacks", "why"),
+    [
+        (None, 3, "this trainer cannot go back"),
+        (lambda _: None, 3, "there is no checkpoint at or before step 30"),
+        (lambda _: 30, 0, "this trainer goes back 0 times at most (limits.rollbacks)"),
+    ],
+    ids=["no callback", "no checkpoint", "not allowed"],
+)
+def test_a_loop_that_cannot_go_back_obeys_the_rest_and_says_why(tmp_path: Path, rollback, rollbacks, why) -> None:
+    regularizer = KSSRegularizer(Words())
+    limits = Limits(clip=(0.1, 10.0), rollbacks=rollbacks)
+    one = ControlFollower(tmp_path, "run", regularizer, limits, rollback=rollback)
+    answer = answer_to_a_rollback(one, tmp_path)
+    assert (answer["status"], answer["rolled_back_to"], answer["message"]) == (
+        "applied",
+        None,
+        f"did not go back: {why}",
+    )
+    assert (answer["active"]["clip"], one.rollbacks) == (0.5, 0)
+
+
+def test_a_loop_goes_back_as_often_as_it_allows_counted_over_restarts(tmp_path: Path) -> None:
+    went: list[int] = []
+    writer = ControlWriter(tmp_path)
+    state: dict = {"order": None, "rollbacks": 1}
+    for step in (50, 40, 30):
+        one = ControlFollower(tmp_path, "run", KSSRegularizer(Words()), rollback=lambda s: went.append(s) or s)
+        one.load_state_dict(state)
+        before = len(went)
+        one.follow(60)
+        assert len(went) == before, "an order that was obeyed before takes nobody back again"
+        writer.issue("run", KSSSettings(), Reason(), rollback_to=step)
+        one.follow(60)
+        state = json.loads(json.dumps(one.state_dict()))
+    assert (went, state["rollbacks"]) == ([50, 40], 3)
