@@ -30,6 +30,10 @@ class Observer(Protocol):
         """Observe a step; None: the state before the first."""
         ...
 
+    def back(self, run: Run) -> None:
+        """Forget what came after ``run.step``: the run went back there."""
+        ...
+
     def end(self, run: Run) -> None:
         """Observe the end: finished, diverged or stopped."""
         ...
@@ -43,8 +47,7 @@ class MetricsLog:
 
     def __init__(self, run: Run, say: Say) -> None:
         self._path, self._say = Path(run.config.output) / "metrics.jsonl", say
-        kept = self._path.read_text(encoding="utf-8").splitlines()[: run.step] if self._path.exists() else []
-        write_atomic(self._path, "".join(f"{line}\n" for line in kept))
+        self.back(run)
 
     def after(self, run: Run, record: Record | None) -> None:
         """Write one line; a reader sees it at once."""
@@ -58,12 +61,20 @@ class MetricsLog:
                 f"rate {record.learning_rate:.2e}  kss {record.kss_weight:g}"
             )
 
+    def back(self, run: Run) -> None:
+        """Cut the lines after the run's step."""
+        kept = self._path.read_text(encoding="utf-8").splitlines()[: run.step] if self._path.exists() else []
+        write_atomic(self._path, "".join(f"{line}\n" for line in kept))
+
     def end(self, run: Run) -> None:
         """Do nothing: each line is on its way already."""
 
 
 class Profiles:
-    """Profiles the model on the fixed probe every so many steps; the model and the random state stay as they are."""
+    """Profiles the model on the fixed probe every so many steps; the model and the random state stay as they are.
+
+    A run that diverged and waits for help is profiled at once, with the figures of the step in which it diverged.
+    """
 
     def __init__(self, run: Run, probe: Tensor, say: Say) -> None:
         every = run.config.profile.every
@@ -74,17 +85,27 @@ class Profiles:
 
     def after(self, run: Run, record: Record | None) -> None:
         """Write a profile when one is due; trouble in it is said, and never stops the run."""
-        due = self._every > 0 and run.step % self._every == 0
-        if run.diverged or not due or not (run.ranks.first or self._together):
+        if self._every == 0:
             return
-        loss, norm = (None, None) if record is None else (record.loss, record.gradient_norm)
+        due = bool(run.config.control.wait_at_divergence) if run.diverged else run.step % self._every == 0
+        if not due or not (run.ranks.first or self._together):
+            return
+        step, loss, norm = (
+            (run.step, None, None) if record is None else (record.step, record.loss, record.gradient_norm)
+        )
         try:
             with autocast(run):
                 profile = profile_model(run.model, self._probe, samples=run.config.profile.samples)
             if run.ranks.first:
-                self._writer.write(profile, run.step, loss=loss, gradient_norm=norm)
+                self._writer.write(profile, step, loss=loss, gradient_norm=norm)
         except Exception as error:  # noqa: BLE001 - a run of days is worth more than a profile of it
-            self._say(f"no profile at step {run.step}: {error}")
+            self._say(f"no profile at step {step}: {error}")
+
+    def back(self, run: Run) -> None:
+        """Remove the profiles after the run's step: they are of weights that are no more."""
+        for path in self._writer.folder.glob("step-*.json") if run.ranks.first else ():
+            if int(path.stem.removeprefix("step-")) > run.step:
+                path.unlink()
 
     def end(self, run: Run) -> None:
         """Do nothing: profiles are taken at their steps only."""
@@ -104,6 +125,10 @@ class Checkpoints:
         self._writer.settle()
         if self._settings.every and run.step % self._settings.every == 0:
             self._write(run)
+
+    def back(self, run: Run) -> None:
+        """Remove the checkpoints after the run's step."""
+        self._writer.discard_after(run.step)
 
     def end(self, run: Run) -> None:
         """Write the last one; the state of a diverged run is not worth going on with."""

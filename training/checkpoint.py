@@ -118,6 +118,13 @@ class CheckpointWriter:
                 _publish(staging, document)
                 self._retain()
 
+    def discard_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, one that is still being written too: the run went back."""
+        self.finish()
+        for checkpoint in checkpoints(self._folder) if self._ranks.first else ():
+            if step_of(checkpoint) > step:
+                _remove(checkpoint)
+
     def _write_files(self, staging: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         path = staging / WEIGHTS[self._settings.format]
         if self._settings.format == "pt":
@@ -146,10 +153,14 @@ class CheckpointWriter:
         for checkpoint in checkpoints(self._folder)[: -self._settings.keep_last]:
             if self._settings.keep_every and step_of(checkpoint) % self._settings.keep_every == 0:
                 continue
-            leaving = checkpoint.with_name(f".{checkpoint.name}.removed")
-            shutil.rmtree(leaving, ignore_errors=True)
-            checkpoint.rename(leaving)
-            shutil.rmtree(leaving, ignore_errors=True)
+            _remove(checkpoint)
+
+
+def _remove(checkpoint: Path) -> None:
+    leaving = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(leaving, ignore_errors=True)
+    checkpoint.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from rksp_core.errors import ConfigError
+from rksp_core.orders import VARIANTS, Variant
 from training.schema.mistakes import section_named, sentence
 from training.schema.optimizer import AdamW, Optimizer
 from training.schema.section import Count, NotNegative, Section, Whole
@@ -51,7 +52,7 @@ class KSS(Section):
     interval: Count = 10
     layer_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.4
-    variant: Literal["paper", "hinge"] = "paper"
+    variant: Variant = "paper"
     rank: Count = 32
     samples: Annotated[int, Field(ge=2, strict=True)] = 2048
     beta: NotNegative = 1.0
@@ -87,29 +88,39 @@ class Profile(Section):
 
 
 class Limits(Section):
-    """What an order may set, [least, most]; one outside is rejected. null for the last two: no order may touch them."""
+    """What an order may set, [least, most]; one outside is rejected. clip and learning_rate_scale null: not at all.
+
+    ``rollbacks``: how often orders may take the run back to a checkpoint in all.
+    """
 
     alpha: Range = (0.0, 1.0)
     interval: WholeRange = (1, 1000)
     layer_fraction: Range = (0.01, 1.0)
     gamma: Range = (0.0, 1.0)
-    variants: tuple[Literal["paper", "hinge"], ...] = ("paper", "hinge")
+    variants: tuple[Variant, ...] = VARIANTS
     clip: Range | None = (0.01, 100.0)
     learning_rate_scale: Range | None = (0.01, 1.0)
+    rollbacks: Whole = 3
 
     @model_validator(mode="after")
     def _least_before_most(self) -> Limits:
         for name, bounds in self:
-            if name != "variants" and bounds is not None and bounds[0] > bounds[1]:
+            if name not in ("variants", "rollbacks") and bounds is not None and bounds[0] > bounds[1]:
                 raise ValueError(f"control.limits.{name} must be [least, most], got {list(bounds)}")
         return self
 
 
 class Control(Section):
-    """Where orders come from (null: ``<output>/control``), read every so many steps, and what they may ask for."""
+    """Where orders come from (null: ``<output>/control``), read every so many steps, and what they may ask for.
+
+    ``wait_at_divergence``: seconds that a run which diverged waits for an order to go back (0: it ends at once).
+    ``skip_batches``: whether the batches of the stretch that is undone are left out, or seen again.
+    """
 
     folder: str | None = None
     every: Count = 1
+    wait_at_divergence: NotNegative = 0.0
+    skip_batches: bool = True
     limits: Limits = Limits()
 
 

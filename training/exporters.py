@@ -103,6 +103,9 @@ class Prometheus(Collector):
             figures["kss_gradient_ratio"] = self._figures.get("kss_gradient_ratio") if ratio is None else ratio
             self._figures = figures
 
+    def back(self, run: Run) -> None:
+        """Do nothing: what is served is the last step made."""
+
     def end(self, run: Run) -> None:  # noqa: ARG002
         """Stop serving."""
         self._server.shutdown()
@@ -128,6 +131,11 @@ class TensorBoard:
             if value is not None and figure != "step":
                 self._writer.add_scalar(figure, value, record.step)
 
+    def back(self, run: Run) -> None:
+        """Begin a new file with the next step, which purges what was written of it and later."""
+        self.end(run)
+        self._writer = None
+
     def end(self, run: Run) -> None:  # noqa: ARG002
         """Flush and close."""
         if self._writer is not None:
@@ -149,6 +157,9 @@ class WandB:
             self._run = self._begin(run.config)
         figures = {name: value for name, value in record.to_dict().items() if value is not None}
         self._run.log(figures, step=record.step)
+
+    def back(self, run: Run) -> None:
+        """Do nothing: steps only rise there, and those that are made again are left out."""
 
     def end(self, run: Run) -> None:  # noqa: ARG002
         """Finish the run there."""

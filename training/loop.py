@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,15 @@ from training.callbacks import Checkpoints, MetricsLog, Observer, Profiles, Say
 from training.config import Config
 from training.exporters import exporters
 from training.ranks import Ranks
+from training.rollback import go_back
 from training.run import Run, build_run
-from training.run_folder import newest_checkpoint, open_folder, write_probe
+from training.run_folder import newest_checkpoint, open_folder, read_rollbacks, write_probe
 from training.step import advance, autocast
 from training.tasks import PROBE
 from training.tasks.evaluation import evaluate
 
 EVALUATED_SEQUENCES = 512
+RESCUE_POLL = 0.1  # seconds between two looks for the order that a diverged run waits for
 
 
 def train(
@@ -56,6 +60,8 @@ def train(
     if checkpoint is not None:
         with ranks.together():
             run.restore(checkpoint)
+            run.rollbacks = read_rollbacks(config)
+            run.follower.rollbacks = len(run.rollbacks)
         say(f"resumed from step {run.step}")
     seconds = drive(run, _observers(run, others, say), begun=checkpoint is not None, until=until, stop=stop, say=say)
     result = conclude(run, seconds=seconds)
@@ -79,6 +85,7 @@ def drive(
     the state before the first step already.
     """
     began, last = time.perf_counter(), run.config.steps if until is None else min(until, run.config.steps)
+    run.follower.rollback = functools.partial(go_back, run, observers)
     if not begun:
         for observer in observers:
             observer.after(run, None)
@@ -86,6 +93,8 @@ def drive(
         record = advance(run)
         for observer in observers:
             observer.after(run, record)
+        if run.diverged and run.config.control.wait_at_divergence:
+            await_rescue(run, stop=stop, say=say)
     seconds = time.perf_counter() - began
     for observer in observers:  # before the evaluation, for which whoever sent SIGTERM may not wait
         observer.end(run)
@@ -96,15 +105,28 @@ def obey(run: Run, *, stop: bool, say: Say) -> bool:
     """Apply an order that has come since the last step boundary; return whether any process wants to stop."""
     if run.ranks.size > 1:
         stop = run.ranks.sum([stop]) != [0.0]
-    levers = run.follower.follow(run.step) if run.step % run.config.control.every == 0 else None
+    left, due = run.step, run.diverged or run.step % run.config.control.every == 0
+    levers = run.follower.follow(left) if due else None
     if levers is not None:
         own = run.config
+        back = f"back to step {run.step}; " if run.step < left else ""
         say(
-            f"step {run.step:6d}  an order: KSS weight {levers.alpha:g} every {levers.interval} steps on "
+            f"step {left:6d}  an order: {back}KSS weight {levers.alpha:g} every {levers.interval} steps on "
             f"{levers.layer_fraction:g} of the layers, {levers.variant or own.kss.variant} form; "
             f"clip {levers.clip or own.stabilizers.clip or 'off'}, learning rate x {levers.learning_rate_scale or 1:g}"
         )
     return stop
+
+
+def await_rescue(run: Run, *, stop: Callable[[], bool], say: Say) -> None:
+    """Keep a run that diverged alive until an order takes it back to a checkpoint, or its patience is over."""
+    patience = run.config.control.wait_at_divergence
+    say(f"step {run.step + 1:6d}  diverged; waiting {patience:g} s for an order to go back")
+    end = time.monotonic() + patience
+    while not obey(run, stop=stop(), say=say) and run.diverged:
+        if run.ranks.from_first([time.monotonic() > end]) != [0.0]:
+            return
+        time.sleep(RESCUE_POLL)
 
 
 def conclude(run: Run, *, seconds: float) -> dict[str, Any]:
@@ -120,6 +142,7 @@ def conclude(run: Run, *, seconds: float) -> dict[str, Any]:
         "horizon": run.config.steps,
         "diverged_at": {"paper": run.labels.paper, "rksp": run.labels.rksp},
         **figures,
+        "rollbacks": [asdict(rollback) for rollback in run.rollbacks],
         "kss_skipped_layers": run.regularizer.skipped_layers,
         "seconds": round(seconds, 3),
     }

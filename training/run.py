@@ -23,9 +23,22 @@ from training.stabilizers.sam import SAM
 from training.tasks import PROBE, Task
 
 
+@dataclass(frozen=True)
+class Rollback:
+    """The run went back from step ``left`` to ``reached``, and took its batches ``data_offset`` ahead from there on."""
+
+    left: int
+    reached: int
+    diverged: bool
+    data_offset: int
+
+
 @dataclass
 class Run:
-    """Everything that a step reads and changes; ``step`` counts the updates made."""
+    """Everything that a step reads and changes; ``step`` counts the updates made.
+
+    ``rollbacks`` are kept in the run folder (`training.run_folder`), not in checkpoints, which they undo.
+    """
 
     config: Config
     ranks: Ranks
@@ -39,6 +52,12 @@ class Run:
     sam: SAM | None
     step: int = 0
     labels: Labels = field(default_factory=Labels)
+    rollbacks: list[Rollback] = field(default_factory=list)
+
+    @property
+    def data_offset(self) -> int:
+        """How far the batches run ahead of the steps, since those of stretches that were undone are left out."""
+        return self.rollbacks[-1].data_offset if self.rollbacks else 0
 
     @property
     def diverged(self) -> bool:
@@ -70,12 +89,30 @@ class Run:
         CheckpointError
             When the checkpoint is damaged.
         """
+        state = self._load(checkpoint)
+        self.follower.load_state_dict(state["control"])
+
+    def go_back(self, checkpoint: Path) -> None:
+        """Bring this run back to where the checkpoint was written; what orders have set stays as it is.
+
+        Raises
+        ------
+        CheckpointError
+            When the checkpoint is damaged.
+        """
+        left, diverged = self.step, self.diverged
+        self._load(checkpoint)
+        seen = left + diverged - self.step  # a step that diverges has seen its batch
+        offset = self.data_offset + (seen if self.config.control.skip_batches else 0)
+        self.rollbacks.append(Rollback(left, self.step, diverged, offset))
+
+    def _load(self, checkpoint: Path) -> dict[str, Any]:
         state = load_checkpoint(checkpoint, self.model, self.optimizer)
         self.regularizer.load_state_dict(state["kss"])
         for penalty, kept in zip(self.penalties, state["penalties"], strict=True):
             penalty.load_state_dict(kept)
         self.labels, self.step = Labels(**state["labels"]), state["step"]
-        self.follower.load_state_dict(state["control"])
+        return state
 
 
 def build_run(config: Config, ranks: Ranks) -> Run:

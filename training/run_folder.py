@@ -6,11 +6,15 @@ checkpoints/       `training.checkpoint`
 profiles/          `rksp_core.ProfileWriter`
 control/           `rksp_core.control` (unless ``control.folder`` says otherwise)
 probe.safetensors  the batch that profiles are taken on
+rollbacks.json     how often and where the run went back to a checkpoint, if it did (`training.rollback`)
 result.json        how the run ended: status, both divergence labels, horizon, final figures
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from rksp_core.atomic import write_atomic
 from rksp_core.errors import ConfigError
 from training.checkpoint import checkpoints
 from training.config import Config, parse_config
+from training.run import Rollback
 
 
 def open_folder(config: Config, *, resume: bool) -> None:
@@ -62,6 +67,29 @@ def _make_control_folder(control: Path) -> None:
 def newest_checkpoint(config: Config) -> Path | None:
     """Return the checkpoint to resume from, or None where there is none yet."""
     return next(reversed(checkpoints(Path(config.output) / "checkpoints")), None)
+
+
+def write_rollbacks(config: Config, rollbacks: Sequence[Rollback]) -> None:
+    """Keep where the run went back; a run that is resumed from any checkpoint that is left goes on with it."""
+    text = json.dumps([asdict(rollback) for rollback in rollbacks], indent=1)
+    write_atomic(Path(config.output) / "rollbacks.json", text + "\n")
+
+
+def read_rollbacks(config: Config) -> list[Rollback]:
+    """Return what `write_rollbacks` kept, in order.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be read.
+    """
+    path = Path(config.output) / "rollbacks.json"
+    try:
+        return [Rollback(**document) for document in json.loads(path.read_text(encoding="utf-8"))]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"cannot read {path} ({error}), so the run cannot be resumed; change output") from error
 
 
 def write_probe(folder: Path, batch: dict[str, Tensor]) -> None:

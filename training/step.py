@@ -72,7 +72,7 @@ def advance(run: Run) -> Record:
     with ExitStack() as terms:
         for regularizer in (run.regularizer, *run.penalties):
             terms.enter_context(regularizer)
-        batch = run.task.batch(TRAINING, step, config.task.batch)
+        batch = run.task.batch(TRAINING, step + run.data_offset, config.task.batch)
         kss_gradients = _KSSGradients(run, parameters)
         figures = _gradients(run, step, batch, kss_gradients)
         kss_gradient_ratio = kss_gradients.ratio()

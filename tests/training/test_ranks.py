@@ -12,9 +12,11 @@ import pytest
 import torch
 import yaml
 
+from rksp_core.orders import Levers
 from training.loop import train
 from training.ranks import Ranks
-from training.run import build_run
+from training.run import Rollback, build_run
+from training.step import advance
 
 from .each_gradient import gradients
 
@@ -92,6 +94,28 @@ def test_two_processes_resume_exactly(written, tmp_path):
         ddp, *others = ([record[figure] for record in figures(run)] for run in (runs["ddp"][0], runs["fsdp"][0], alone))
         for other in others:
             assert ddp == pytest.approx(other, rel=1e-3)  # float32, summed in another order
+
+
+@pytest.mark.slow
+def test_two_processes_go_back_together(written, tmp_path):
+    """From step 6 to the checkpoint of step 4, with half the rate, and two batches further on in the data."""
+    common = {"steps": 8, "checkpoint": {"every": 2}}
+    runs = {
+        name: written(name, **common | sections | {"checkpoint": sections.get("checkpoint", {}) | {"every": 2}})[0]
+        for name, sections in WAYS.items()
+    }
+    plain = build_run(written("plain", **common)[0], Ranks(0, 1, torch.device("cpu")))
+    (tmp_path / "plain.yaml").unlink()
+    records = [advance(plain) for _ in range(4)]
+    plain.follower.levers = Levers(learning_rate_scale=0.5)
+    plain.rollbacks = [Rollback(6, 4, diverged=False, data_offset=2)]
+    records += [advance(plain) for _ in range(4)]
+    assert ran(torchrun(2, HERE / "each_rollback.py", tmp_path))
+    for config in runs.values():
+        result = json.loads((Path(config.output) / "result.json").read_text())
+        assert result["rollbacks"] == [{"left": 6, "reached": 4, "diverged": False, "data_offset": 2}]
+        assert [line["loss"] for line in figures(config)] == pytest.approx([r.loss for r in records], rel=1e-3)
+        assert [line["learning_rate"] for line in figures(config)] == [record.learning_rate for record in records]
 
 
 @pytest.mark.slow

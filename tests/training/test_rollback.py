@@ -1,0 +1,168 @@
+"""A run that is taken back to a checkpoint goes on as a plain reading of the trainer says, and lives on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rksp_core.control import ControlWriter
+from rksp_core.orders import KSSSettings, Levers, Reason
+from tests.training.test_resume import ALONE, assert_bitwise_equal, final
+from training.callbacks import Profiles
+from training.checkpoint import checkpoints
+from training.labels import Labels
+from training.loop import train
+from training.ranks import Ranks
+from training.run import build_run
+from training.run_folder import read_rollbacks
+from training.step import advance
+
+SECTIONS = {"steps": 20, "checkpoint": {"every": 4}, "profile": {"every": 3, "samples": 64, "sequences": 4}}
+
+
+def order(config, step: int, **levers: float) -> None:
+    ControlWriter(config.control_folder).issue(config.run_id, KSSSettings(), Reason(), rollback_to=step, **levers)
+
+
+@pytest.fixture
+def ordered_at(monkeypatch: pytest.MonkeyPatch):
+    """Return a function that lets somebody order a rollback once a step has been made."""
+
+    def arrange(config, at: int, to: int, **levers: float) -> None:
+        seen = Profiles.after
+
+        def then_order(self, run, record):
+            seen(self, run, record)
+            if run.step == at and not run.rollbacks:
+                order(config, to, **levers)
+
+        monkeypatch.setattr(Profiles, "after", then_order)
+
+    return arrange
+
+
+@pytest.mark.parametrize("skip", [True, False], ids=["skip", "again"])
+def test_a_run_goes_back_and_on_with_the_levers_of_the_order(configure, ordered_at, skip):
+    config = configure(**SECTIONS, control={"skip_batches": skip})
+    ordered_at(config, at=14, to=11, learning_rate_scale=0.5)
+    result = train(config, ALONE)
+    offset = 6 if skip else 0
+    assert result["rollbacks"] == [{"left": 14, "reached": 8, "diverged": False, "data_offset": offset}]
+    assert (result["status"], result["step"]) == ("finished", 20)
+
+    plain = build_run(configure("plain", **SECTIONS), ALONE)
+    losses = [advance(plain).loss for _ in range(8)]
+    plain.follower.levers = Levers(learning_rate_scale=0.5)
+    whole, batch = plain.task, plain.task.batch
+    whole.batch = lambda part, step, size: batch(part, step + offset, size)
+    losses += [advance(plain).loss for _ in range(12)]
+    weights, _, _, lines = final(config)
+    assert_bitwise_equal(dict(plain.model.state_dict()), dict(weights))
+    assert [line["loss"] for line in lines] == losses
+    assert [line["step"] for line in lines] == list(range(1, 21))
+
+
+def test_what_came_after_the_checkpoint_is_gone_and_comes_again(configure, ordered_at):
+    config = configure(**SECTIONS)
+    ordered_at(config, at=14, to=11)
+    assert train(config, ALONE, until=15)["step"] == 15
+    folder = Path(config.output)
+    assert sorted(path.stem[-2:] for path in (folder / "profiles").iterdir()) == ["00", "03", "06", "09", "12", "15"]
+    assert [path.name[-2:] for path in checkpoints(folder / "checkpoints")] == ["00", "04", "08", "12", "15"]
+    answer = json.loads((folder / "control/applied.json").read_text())
+    assert (answer["step"], answer["rolled_back_to"], answer["message"]) == (14, 8, "went back to step 8")
+
+
+@pytest.mark.parametrize("killed_at", [9, 13])
+def test_a_run_that_went_back_resumes_exactly(configure, ordered_at, killed_at):
+    """Also from the checkpoint that it went back to, which knows nothing of it."""
+    whole, parts = (configure(name, **SECTIONS, kss={"alpha": 0.1, "interval": 3}) for name in ("whole", "parts"))
+    for config in (whole, parts):
+        ordered_at(config, at=14, to=8, learning_rate_scale=0.5, clip=1.0)
+        killed = [False]
+
+        def kill(config=config, killed=killed) -> bool:
+            there = config is parts and (lines := _lines(config)) == killed_at and bool(read_rollbacks(config))
+            killed[0] = killed[0] or there
+            return there and bool(lines)
+
+        train(config, ALONE, stop=kill)
+        if config is parts:
+            assert killed[0]
+            for left in checkpoints(Path(config.output) / "checkpoints"):  # as if it had been killed, not stopped
+                if left.name.endswith(f"{killed_at:02d}"):
+                    (left / "checkpoint.json").unlink()
+                    left.rename(left.with_name(".gone"))
+            train(config, ALONE, resume=True)
+    assert_bitwise_equal(final(whole), final(parts))
+    assert len(read_rollbacks(parts)) == 1
+
+
+def _lines(config) -> int:
+    path = Path(config.output) / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def diverging(configure, name: str, **control):
+    """No-Norm at a rate at which it blows up within some steps, unless that is taken down."""
+    sections = {
+        "steps": 40,
+        "arguments": {"norm": "no_norm"},
+        "optimizer": {"name": "sgd", "learning_rate": 3.0},
+        "checkpoint": {"every": 2},
+        "schedule": {"warmup": 0},
+        "profile": {"every": 50, "samples": 64, "sequences": 4},
+    }
+    return configure(name, **sections, control=control)
+
+
+def test_a_run_that_diverged_lives_on_when_it_is_taken_back(configure):
+    lost = diverging(configure, "lost")
+    assert train(lost, ALONE)["status"] == "diverged"
+    at = train(diverging(configure, "waited", wait_at_divergence=0.01), ALONE)["diverged_at"]["rksp"]
+    profile = json.loads((Path(lost.output).parent / f"waited/profiles/step-{at:08d}.json").read_text())
+    assert (profile["step"], profile["loss"] or profile["not_finite"]) != (at, None)
+    assert not (Path(lost.output) / f"profiles/step-{at:08d}.json").exists()
+
+    saved = diverging(configure, "saved", wait_at_divergence=60.0)
+    said: list[str] = []
+
+    def say(sentence: str) -> None:
+        said.append(sentence)
+        if "diverged; waiting" in sentence:
+            order(saved, 0, learning_rate_scale=0.01)
+
+    result = train(saved, ALONE, say=say)
+    assert (result["status"], result["diverged_at"]["rksp"]) == ("finished", None)
+    assert result["rollbacks"] == [{"left": at - 1, "reached": 0, "diverged": True, "data_offset": at}]
+    assert any("an order: back to step 0; KSS" in sentence for sentence in said)
+
+
+def test_a_diverged_run_gives_up_when_nobody_takes_it_back_or_it_is_told_to_stop(configure):
+    waited = diverging(configure, "waited", wait_at_divergence=0.2)
+    assert train(waited, ALONE)["status"] == "diverged"
+    stopped = diverging(configure, "stopped", wait_at_divergence=3600.0)
+    assert train(stopped, ALONE, stop=lambda: _lines(stopped) > 0 and _has_diverged(stopped))["status"] == "diverged"
+
+
+def _has_diverged(config) -> bool:
+    """Whether the last line of the log says so."""
+    last = json.loads((Path(config.output) / "metrics.jsonl").read_text().splitlines()[-1])
+    return last["loss"] is None or last["gradient_norm"] is None or last["loss"] > 50 or last["gradient_norm"] > 500
+
+
+def test_going_back_ends_where_the_run_allows_no_more(configure, ordered_at):
+    config = configure(**SECTIONS, control={"limits": {"rollbacks": 0}})
+    ordered_at(config, at=14, to=11, clip=0.5)
+    assert train(config, ALONE, until=15)["rollbacks"] == []
+    answer = json.loads((Path(config.output) / "control/applied.json").read_text())
+    assert (answer["rolled_back_to"], answer["active"]["clip"]) == (None, 0.5)
+    assert "limits.rollbacks" in answer["message"]
+
+
+def test_a_run_in_memory_has_nowhere_to_go_back_to(configure):
+    run = build_run(configure(), Ranks(0, 1, torch.device("cpu")))
+    assert run.rollbacks == []
+    assert run.labels == Labels()
+    assert run.follower.rollback is None
