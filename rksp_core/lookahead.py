@@ -22,7 +22,7 @@ from rksp_core.errors import ConfigError, ModelError
 from rksp_core.profile import ModelProfile, finite_or_none
 from rksp_core.untouched import random_state_kept
 
-OptimizerName = Literal["adamw", "adam", "sgd"]
+OptimizerName = Literal["adamw", "adam", "lion", "sgd"]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 Loss = Callable[[Any, batches.Batch], Tensor]
 
@@ -75,8 +75,9 @@ def look_ahead(
     loss
         (model output, batch) -> scalar.
     optimizer
-        ``adamw`` or ``adam`` (torch's defaults), ``sgd`` with momentum 0.9, or a function that makes the run's own
-        for the copy; its groups get ``learning_rate``, times their ``factor`` where they have one (muP).
+        ``adamw`` or ``adam`` (torch's defaults), ``lion`` (lion-pytorch's), ``sgd`` with momentum 0.9, or a function
+        that makes the run's own for the copy; its groups get ``learning_rate``, times their ``factor`` where they have
+        one (muP).
     seed
         Of dropout and the like; the random state is restored.
     profile
@@ -131,20 +132,34 @@ def look_ahead(
         )
 
 
-def make_optimizer(name: str, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+def make_optimizer(
+    name: str, model: nn.Module, learning_rate: float, beta2: float | None = None
+) -> torch.optim.Optimizer:
     """Return the optimizer called ``name`` over the model's parameters.
+
+    ``beta2``, in [0, 1), replaces the second coefficient of Adam's or Lion's running averages; None: .999 and .99.
 
     Raises
     ------
     ConfigError
-        When the name is unknown.
+        When the name is unknown, Lion's package is missing, or ``beta2`` is out of its range or given to SGD.
     """
-    if name == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    if name == "adam":
-        return torch.optim.Adam(model.parameters(), lr=learning_rate)
+    if beta2 is not None and (name == "sgd" or not 0 <= beta2 < 1):
+        raise ConfigError(f"beta2 belongs to adamw, adam or lion and lies in [0, 1), got {beta2} for {name}")
+    if name in ("adamw", "adam"):
+        adam = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+        return adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.999 if beta2 is None else beta2))
     if name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
+    if name == "lion":
+        try:
+            from lion_pytorch import Lion
+        except ImportError as error:
+            raise ConfigError("the optimizer lion needs lion-pytorch; pip install 'rksp[lion]'") from error
+        found: torch.optim.Optimizer = Lion(
+            model.parameters(), lr=learning_rate, betas=(0.9, 0.99 if beta2 is None else beta2)
+        )
+        return found
     raise ConfigError(f"the optimizer must be one of {', '.join(get_args(OptimizerName))}, got {name!r}")
 
 

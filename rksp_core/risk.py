@@ -67,12 +67,13 @@ def decide(
     learning_rate: float | None = None,
     standard_rate: float | None = None,
     look_ahead_loss: float | None = None,
-    risk: Risk | None = None,
+    risks: Sequence[Risk] = (),
 ) -> Decision:
-    """Decide by the risk of divergence; without one, by the decision flow of Kim et al. 2026, Fig. 7.
+    """Decide by the calibrated risks; without one, by the decision flow of Kim et al. 2026, Fig. 7.
 
-    A probability below `LOW_RISK` proceeds, from `HIGH_RISK` on it asks for KSS, between it asks to monitor. A risk
-    model that has none for this launch is inconclusive. What the flow says is then among the reasons only.
+    The largest probability decides: below `LOW_RISK` the run proceeds, from `HIGH_RISK` on it asks for KSS, between it
+    asks to monitor. Risk models that have none for this launch are inconclusive, unless its look-ahead was not
+    finite: that was seen. What the flow says is then among the reasons only.
 
     Near-unit mass (mean over the informative layers) below 0.3 proceeds, above 0.5 asks for KSS, between asks to
     monitor. KSS is asked for, too, above twice the standard learning rate and without any norm. The eigenvector
@@ -89,22 +90,24 @@ def decide(
     look_ahead_loss
         The largest loss of a look-ahead at the full rate (infinite or NaN when it blew up); None without one. Fig. 7
         does not have it: a run that is over after a few steps must not be told to proceed.
-    risk
-        What a risk model says of this launch; None when none was asked.
+    risks
+        What risk models say of this launch; empty when none was asked.
     """
     flow = _by_flow(layers, normalized, learning_rate, standard_rate, look_ahead_loss)
-    if risk is None:
+    if not risks:
         return flow
     beside = f"the paper's rule alone would say {flow.verdict}: {'; '.join(flow.reasons)}"
-    if risk.probability is None:
-        return Decision("inconclusive", (risk.outside, beside))
-    verdict: Verdict = (
-        "proceed" if risk.probability < LOW_RISK else "monitor" if risk.probability < HIGH_RISK else "use_kss"
-    )
-    return Decision(verdict, (_in_words(risk), beside), CALIBRATED)
+    probabilities = [risk.probability for risk in risks if risk.probability is not None]
+    if not probabilities:
+        gone = look_ahead_loss is not None and not math.isfinite(look_ahead_loss)
+        return Decision("use_kss" if gone else "inconclusive", (risks[0].outside, beside))
+    largest = max(probabilities)
+    verdict: Verdict = "proceed" if largest < LOW_RISK else "monitor" if largest < HIGH_RISK else "use_kss"
+    said = [risk.outside if risk.probability is None else _in_words(risk, risk.probability) for risk in risks]
+    return Decision(verdict, (*said, beside), CALIBRATED)
 
 
-def _in_words(risk: Risk) -> str:
+def _in_words(risk: Risk, probability: float) -> str:
     words = {feature.name: feature.words for feature in FEATURES}
     pushes: dict[str, float] = defaultdict(float)  # the optimizer is several features
     for name, share in risk.reasons:
@@ -113,7 +116,7 @@ def _in_words(risk: Risk) -> str:
     said = [f"{what} {'raises' if share > 0 else 'lowers'} it" for what, share in strongest if share]
     low, high = risk.interval or (0.0, 1.0)
     return (
-        f"the probability of divergence is {risk.probability:.0%} ({low:.0%} to {high:.0%}), against the mean run: "
+        f"the probability of {risk.outcome} is {probability:.0%} ({low:.0%} to {high:.0%}), against the mean run: "
         f"{', '.join(said)}"
     )
 

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from rksp_core.launch import FAMILIES, FEATURES, NAMES, Launch
 
 SCHEMA = "rksp.risk_model/1"
 INTERVAL = (0.05, 0.95)  # quantiles over the bootstrap samples
+DIVERGENCE = "divergence"
+BUNDLED = ("divergence.json", "failure.json")  # in the folder risk_models of this package
 ARRAYS = ("mean", "scale", "weights", "runs", "diverged")
 ROUNDING = 1e-6  # of a standardized feature
 REFINEMENTS = 3  # halvings of the bracket, on the scale of the logarithm of the rate
@@ -46,6 +49,8 @@ class Risk:
         To the nearest run it was fitted to (`apart_from`), and how far it may be.
     outside
         Why there is no probability, as a sentence; "" where there is one.
+    outcome
+        What the probability is of, in words.
     """
 
     probability: float | None
@@ -54,6 +59,7 @@ class Risk:
     distance: float
     limit: float
     outside: str = ""
+    outcome: str = DIVERGENCE
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class SafeRate:
 
     ``rate`` is None where it does not cross within the rates that were tried: ``highest`` is then safe, or ``lowest``
     is not (``crossed``). ``interval`` holds the 5 % and 95 % quantiles over the bootstrap samples; an end that lies
-    beyond the rates that were tried is None.
+    beyond the rates that were tried is None. ``outcome`` is what the risk is of.
     """
 
     threshold: float
@@ -71,6 +77,7 @@ class SafeRate:
     lowest: float
     highest: float
     crossed: bool
+    outcome: str = DIVERGENCE
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,10 +129,25 @@ class RiskModel:
         reasons = tuple((NAMES[place], float(shares[place])) for place in order)
         if distance > self.limit:
             nearest = self.names[int(apart.argmin())]
-            return Risk(None, None, reasons, distance, self.limit, self._outside(x, distance, nearest))
+            return Risk(None, None, reasons, distance, self.limit, self._outside(x, distance, nearest), self.outcome)
         probabilities = expit(self._log_odds(x))
         low, high = np.quantile(probabilities[1:], INTERVAL)
-        return Risk(float(probabilities[0]), (float(low), float(high)), reasons, distance, self.limit)
+        interval = float(low), float(high)
+        return Risk(float(probabilities[0]), interval, reasons, distance, self.limit, outcome=self.outcome)
+
+    def covers(self, *, optimizer: str, depth: int, width: int) -> bool:
+        """Whether there may be a probability for such a model, whatever its look-ahead brings: that need not be made.
+
+        ``optimizer`` may be of no known family.
+        """
+        if optimizer not in FAMILIES:
+            return False
+        anything = dict.fromkeys(NAMES, 0.0)
+        family = FAMILIES[optimizer]
+        known = {"lion": float(family == "lion"), "sgd": float(family == "sgd")}
+        x = self._standardized(anything | known | {"log_depth": math.log(depth), "log_width": math.log(width)})
+        free = [place for place, feature in enumerate(FEATURES) if not feature.risky]
+        return bool(np.linalg.norm((x - self.runs)[:, free], axis=1).min() <= self.limit)
 
     def safe_rate(self, launch_at: Callable[[float], Launch], rates: Sequence[float], threshold: float) -> SafeRate:
         """Return the rate at which the risk crosses ``threshold``: the largest safe one.
@@ -164,7 +186,13 @@ class RiskModel:
             lowest=float(ascending[0]),
             highest=float(ascending[-1]),
             crossed=rate < math.inf,
+            outcome=self.outcome,
         )
+
+    @property
+    def outcome(self) -> str:
+        """What the probability is of, in words: of divergence, unless ``about`` says something else."""
+        return str(self.about.get("outcome", DIVERGENCE))
 
     @property
     def sha256(self) -> str:
@@ -174,6 +202,12 @@ class RiskModel:
     def to_json(self) -> str:
         """Return the text of its file, which `read` reads."""
         return _text({"schema": SCHEMA, "sha256": self.sha256, **self._content()}) + "\n"
+
+    @classmethod
+    def bundled(cls) -> tuple[RiskModel, ...]:
+        """Return the models that come with this package, `BUNDLED`: of divergence, and of failure of either kind."""
+        with as_file(files("rksp_core") / "risk_models") as folder:
+            return tuple(cls.read(folder / name) for name in BUNDLED)
 
     @classmethod
     def read(cls, path: Path) -> RiskModel:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from rksp_core.profile import ModelProfile
 
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from rksp_core.batch import Batch
-    from rksp_core.lookahead import LookAhead, OptimizerName
+    from rksp_core.lookahead import LookAhead
     from rksp_monitor.models import LoadedModel
     from rksp_monitor.preflight import Settings
 
 Progress = Callable[[int, int, str], None]
 Loss = Callable[[Any, Any], Any]
 
+STEPS = 5  # of a look-ahead, where nothing says how many
 _IGNORED = -100  # no target
 
 
@@ -38,6 +39,7 @@ def baseline_scores(
         "learning_rate": rate,
         "standard_learning_rate": standard,
         "optimizer": settings.optimizer,
+        "beta2": settings.beta2,
         "depth": depth,
         "learning_rate_times_depth": None if rate is None else rate * depth,
         "near_unit_mass": profile.summary["near_unit_mass"]["mean"],
@@ -72,10 +74,11 @@ def take_look_ahead(
     progress: Progress | None,
 ) -> LookAhead | str | None:
     """Return the look-ahead, the reason why there is none, or None when none was asked for."""
-    from rksp_core.lookahead import look_ahead
+    from rksp_core.lookahead import look_ahead, make_optimizer
     from rksp_monitor.models import user_code
 
-    if settings.learning_rate is None:
+    rate, steps = settings.learning_rate, settings.steps or STEPS
+    if rate is None:
         return None
     loss = settings.loss
     if loss is None:
@@ -87,10 +90,10 @@ def take_look_ahead(
         return look_ahead(
             module,
             batch,
-            _counted(loss, settings.steps, progress),
-            learning_rate=settings.learning_rate,
-            optimizer=cast("OptimizerName", settings.optimizer),
-            steps=settings.steps,
+            _counted(loss, steps, progress),
+            learning_rate=rate,
+            optimizer=lambda moved: make_optimizer(settings.optimizer, moved, rate, settings.beta2),
+            steps=steps,
             seed=settings.seed,
             blocks=settings.blocks,
             profile=profile,

@@ -17,7 +17,7 @@ from rksp_core.errors import ModelError, NotFiniteError
 from rksp_core.profile import LayerProfile, ModelProfile
 from rksp_core.risk import RATE_FACTOR, Decision, decide, standard_learning_rate
 from rksp_monitor.baselines import Loss, Progress, baseline_scores, largest_loss, take_look_ahead
-from rksp_monitor.launch_risk import in_words, launch_of, risk_document, suggest
+from rksp_monitor.launch_risk import in_words, launch_of, look_ahead_steps, risk_document, suggest
 from rksp_monitor.layer_threads import layer_threads
 from rksp_monitor.memory import memory_limit
 from rksp_monitor.probe import Probe, check_probe, model_input
@@ -40,8 +40,9 @@ class Settings:
 
     ``learning_rate`` is the planned peak rate; None leaves the baselines out. ``depth`` replaces the number of blocks
     in learning rate x depth. ``loss`` is (model output, batch) -> scalar; None means next-token cross-entropy.
-    ``risk_model`` gives the probability of divergence; ``steps`` is then that of its look-ahead. ``threshold`` is the
-    probability whose learning rate is looked for; None looks for none.
+    ``risk_models`` give the probabilities, the first that of divergence. ``steps`` of the look-ahead are theirs when
+    None, or `rksp_monitor.baselines.STEPS` where they do not cover the model. ``threshold`` is the probability whose
+    learning rate is looked for; None looks for none.
     """
 
     blocks: str | None = None
@@ -51,10 +52,11 @@ class Settings:
     learning_rate: float | None = None
     standard_rate: float | None = None
     optimizer: str = "adamw"
+    beta2: float | None = None
     depth: int | None = None
-    steps: int = 5
+    steps: int | None = None
     loss: Loss | None = None
-    risk_model: RiskModel | None = None
+    risk_models: tuple[RiskModel, ...] = ()
     threshold: float | None = None
 
 
@@ -133,22 +135,24 @@ def preflight(
 
         profile = profile_again(module)
         _require_finite(profile.layers)
+        width = max(layer.width for layer in profile.layers)
+        steps = look_ahead_steps(settings, depth=len(blocks), width=width)
+        settings = dataclasses.replace(settings, steps=steps)
         ahead = take_look_ahead(model, module, batch, settings, profile_again, progress)
     normalized = has_normalization(block.module for block in blocks)
-    width = max(layer.width for layer in profile.layers)
     standard = settings.standard_rate or standard_learning_rate(width, settings.optimizer)
     launch = launch_of(ahead, settings, depth=len(blocks), width=width)
-    risk = None if settings.risk_model is None or launch is None else settings.risk_model.risk(launch)
+    risks = [] if launch is None else [model.risk(launch) for model in settings.risk_models]
     decision = decide(
         profile.layers,
         normalized=normalized,
         learning_rate=settings.learning_rate,
         standard_rate=standard,
         look_ahead_loss=largest_loss(ahead),
-        risk=risk,
+        risks=risks,
     )
     safe = None
-    if risk is not None and risk.probability is not None and settings.threshold is not None:
+    if settings.threshold is not None and risks and all(risk.probability is not None for risk in risks):
 
         def launch_at(rate: float) -> Launch:
             at_rate = dataclasses.replace(settings, learning_rate=rate)
@@ -166,7 +170,7 @@ def preflight(
         profile=profile,
         decision=decision,
         baselines=baseline_scores(profile, settings, standard, ahead),
-        risk=risk_document(settings, launch, risk, safe),
+        risk=risk_document(settings, launch, risks, safe),
         warnings=tuple(_warnings(model, probe, profile, settings, standard, ahead)),
     )
 

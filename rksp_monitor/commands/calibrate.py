@@ -14,6 +14,9 @@ def calibrate(
         list[Path], typer.Argument(metavar="OUTCOMES.jsonl...", help='One run a line, schema "rksp.outcome/1".')
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The risk model to write.")] = Path("risk.json"),
+    outcome: Annotated[
+        str, typer.Option(help="What `diverged` stands for in these lines, in words: the risk of ...")
+    ] = "divergence",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the folds and the bootstrap samples.")] = 0,
 ) -> int:
     """Fit the probability of divergence to your own runs, for `rksp preflight --risk-model`.
@@ -27,11 +30,11 @@ def calibrate(
 
     require_writable(output)
     runs = read_outcomes(outcomes)
-    model = fit(runs, seed=seed, about={"outcomes": [path.name for path in outcomes]})
+    model = fit(runs, seed=seed, about={"outcomes": [path.name for path in outcomes], "outcome": outcome})
     write_output(output, model.to_json())
     about = model.about
     print(
-        f"{output}: {about['runs']} runs, {about['diverged']} diverged within {model.horizon} steps; AUROC "
+        f"{output}: {about['runs']} runs, {outcome} within {model.horizon} steps in {about['diverged']}; AUROC "
         f"{about['auroc_cross_validated']:.3f} on runs left out of the fit, {about['auroc_of_the_learning_rate']:.3f} "
         f"by the learning rate alone; sha256 {model.sha256[:12]}"
     )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FailOn = Literal["monitor", "use_kss"]
 OnInconclusive = Literal["report", "pass", "fail"]
+NO_RISK_MODEL = Path("none")
 
 
 def preflight(
@@ -44,7 +45,12 @@ def preflight(
     ] = None,
     blocks: Annotated[str | None, typer.Option(metavar="GLOB", help="Residual blocks, e.g. 'transformer.h.*'.")] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Planned peak learning rate; adds the look-ahead.")] = None,
-    optimizer: Annotated[Literal["adamw", "adam", "sgd"], typer.Option(help="Of the look-ahead.")] = "adamw",
+    optimizer: Annotated[
+        Literal["adamw", "adam", "lion", "sgd"], typer.Option(help="Of the run, and so of the look-ahead.")
+    ] = "adamw",
+    beta2: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Of Adam (default .999) or Lion (.99), in the look-ahead.")
+    ] = None,
     standard_lr: Annotated[
         float | None, typer.Option(min=0, help="The usual rate for this model; default: by width, for Adam.")
     ] = None,
@@ -56,7 +62,12 @@ def preflight(
         typer.Option(min=1, help="Full-rate steps of the look-ahead; default: those of the risk model, or 5."),
     ] = None,
     risk_model: Annotated[
-        Path | None, typer.Option(help="Made by `rksp calibrate`: gives the probability of divergence, which decides.")
+        Path | None,
+        typer.Option(
+            metavar="FILE|none",
+            help="Made by `rksp calibrate`: gives the probability, which decides. Default: those that come with rksp; "
+            "none: the paper's rule decides.",
+        ),
     ] = None,
     suggest_lr: Annotated[
         float | None, typer.Option(metavar="RISK", help="Look for the learning rate whose risk is this, e.g. 0.1.")
@@ -83,11 +94,18 @@ def preflight(
     """Look at a model before it is trained: the spectra of its residual stream, warnings, and a decision."""
     if standard_lr == 0:
         raise ConfigError("--standard-lr must be above 0, got 0; leave it out for the rate that is usual at this width")
-    of_lr = {"--depth": depth, "--standard-lr": standard_lr, "--loss": loss, "--risk-model": risk_model}
+    of_lr = {
+        "--depth": depth,
+        "--standard-lr": standard_lr,
+        "--loss": loss,
+        "--risk-model": risk_model,
+        "--beta2": beta2,
+    }
+    of_lr["--suggest-lr"] = suggest_lr
     for name, value in of_lr.items():
         if lr is None and value is not None:
             raise ConfigError(f"{name} is of no use without --lr; give the planned peak learning rate as well")
-    calibrated = _risk_model(risk_model, suggest_lr, look_ahead_steps)
+    calibrated = () if lr is None else _risk_models(risk_model, suggest_lr, look_ahead_steps)
     if output_file is not None:
         require_writable(output_file)
     with progress_bar() as progress:
@@ -109,10 +127,11 @@ def preflight(
             learning_rate=lr,
             standard_rate=standard_lr,
             optimizer=optimizer,
+            beta2=beta2,
             depth=depth,
-            steps=look_ahead_steps or (5 if calibrated is None else calibrated.look_ahead_steps),
+            steps=look_ahead_steps,
             loss=None if loss is None else _loss(loss),
-            risk_model=calibrated,
+            risk_models=calibrated,
             threshold=suggest_lr,
         )
         batch = _probe(probe, loaded, seed)
@@ -126,23 +145,30 @@ def preflight(
     return exit_code(report.decision.verdict, fail_on, on_inconclusive, exit_zero=exit_zero)
 
 
-def _risk_model(path: Path | None, threshold: float | None, steps: int | None) -> RiskModel | None:
-    """Read the risk model, and refuse what does not go with it."""
-    if path is None:
-        if threshold is not None:
-            raise ConfigError("--suggest-lr needs a --risk-model; make one with `rksp calibrate`")
-        return None
+def _risk_models(path: Path | None, threshold: float | None, steps: int | None) -> tuple[RiskModel, ...]:
+    """Read the risk model, or those that come with rksp, and refuse what does not go with it.
+
+    Another number of steps than theirs leaves the latter out: there is no probability then.
+    """
     if threshold is not None and not 0 < threshold < 1:
         raise ConfigError(f"--suggest-lr takes a probability above 0 and below 1, got {threshold:g}")
     from rksp_core.risk_model import RiskModel
 
-    model = RiskModel.read(path)
-    if steps not in (None, model.look_ahead_steps):
-        raise ConfigError(
-            f"{path} was calibrated on look-aheads of {model.look_ahead_steps} steps, got --look-ahead-steps {steps}; "
-            "leave that out"
-        )
-    return model
+    if path is None:
+        models = tuple(model for model in RiskModel.bundled() if steps in (None, model.look_ahead_steps))
+    elif path == NO_RISK_MODEL:
+        models = ()
+    else:
+        models = (RiskModel.read(path),)
+    if threshold is not None and not models:
+        raise ConfigError("--suggest-lr needs a risk model; leave --risk-model none or --look-ahead-steps out")
+    for model in models:
+        if steps not in (None, model.look_ahead_steps):
+            raise ConfigError(
+                f"{path} was calibrated on look-aheads of {model.look_ahead_steps} steps, got --look-ahead-steps "
+                f"{steps}; leave that out"
+            )
+    return models
 
 
 def exit_code(verdict: Verdict, fail_on: FailOn, on_inconclusive: OnInconclusive, *, exit_zero: bool) -> int:

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+from lion_pytorch import Lion
 from torch import Tensor, nn
 
 from rksp_core.capture import uncompiled
 from rksp_core.errors import ConfigError, ModelError
-from rksp_core.lookahead import look_ahead
+from rksp_core.lookahead import look_ahead, make_optimizer
 from rksp_core.profiling import profile_model
 
 from .test_capture import Model, tokens
@@ -35,9 +36,12 @@ def model() -> Model:
         ("adamw", lambda p: torch.optim.AdamW(p, lr=0.01)),
         ("adam", lambda p: torch.optim.Adam(p, lr=0.01)),
         ("sgd", lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)),
+        ("lion", lambda p: Lion(p, lr=0.01, betas=(0.9, 0.99))),
+        (lambda m: make_optimizer("adamw", m, 0.01, 0.95), lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.9, 0.95))),
+        (lambda m: make_optimizer("lion", m, 0.01, 0.95), lambda p: Lion(p, lr=0.01, betas=(0.9, 0.95))),
     ],
 )
-def test_takes_the_steps_that_the_optimizer_would(model: Model, name: str, optimizer: object) -> None:
+def test_takes_the_steps_that_the_optimizer_would(model: Model, name: object, optimizer: object) -> None:
     result = look_ahead(model, tokens(), loss, learning_rate=0.01, optimizer=name, steps=3)  # type: ignore[arg-type]
     twin = copy.deepcopy(model).train()
     stepper = optimizer(twin.parameters())  # type: ignore[operator]
@@ -100,7 +104,7 @@ def test_hidden_rms_of_blocks_called_by_keyword() -> None:
 
 
 def test_bad_arguments(model: Model) -> None:
-    with pytest.raises(ConfigError, match="optimizer must be one of adamw, adam, sgd, got 'adamx'"):
+    with pytest.raises(ConfigError, match="optimizer must be one of adamw, adam, lion, sgd, got 'adamx'"):
         look_ahead(model, tokens(), loss, learning_rate=0.1, optimizer="adamx")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="learning rate must be positive"):
         look_ahead(model, tokens(), loss, learning_rate=0.0)
@@ -133,3 +137,9 @@ def test_an_optimizer_of_ones_own_is_made_for_the_copy_and_steps_at_the_full_rat
                 velocity[place] = (0.3 if place else 0.9) * velocity[place] + gradient
                 parameter -= (0.02 if place else 0.01) * velocity[place]
     assert result.losses == pytest.approx(losses, rel=1e-10)
+
+
+@pytest.mark.parametrize(("name", "beta2"), [("sgd", 0.9), ("adam", 1.0), ("lion", -0.1)])
+def test_a_beta2_out_of_place_is_one_sentence(model: Model, name: str, beta2: float) -> None:
+    with pytest.raises(ConfigError, match=r"beta2 belongs to adamw, adam or lion and lies in \[0, 1\), got"):
+        make_optimizer(name, model, 0.01, beta2)

@@ -106,12 +106,14 @@ def test_a_calibrated_risk_overrules_the_flow() -> None:
         interval = None if probability is None else (probability / 2, probability)
         return Risk(probability, interval, reasons, 0.0, 1.0, "unlike the runs" if probability is None else "")
 
-    verdicts = [decide(layers(0.9), risk=asked(p)).verdict for p in (0.09, 0.1, 0.49, 0.5, None)]
+    verdicts = [decide(layers(0.9), risks=[asked(p)]).verdict for p in (0.09, 0.1, 0.49, 0.5, None)]
     assert verdicts == ["proceed", "monitor", "monitor", "use_kss", "inconclusive"]
-    first, second = decide(layers(0.9), risk=asked(0.5)).reasons
+    first, second = decide(layers(0.9), risks=[asked(0.5)]).reasons
     assert first == (
         "the probability of divergence is 50% (25% to 50%), against the mean run: the learning rate raises it, "
         "the optimizer lowers it, the width raises it"
     )
     assert second.startswith("the paper's rule alone would say use_kss: mean near-unit mass 0.90")
-    assert decide(layers(0.9), risk=asked(None)).reasons[0] == "unlike the runs"
+    assert decide(layers(0.9), risks=[asked(None)]).reasons[0] == "unlike the runs"
+    assert decide(layers(0.9), risks=[asked(0.05), asked(0.6)]).verdict == "use_kss"  # the largest decides
+    assert decide(layers(0.9), risks=[asked(None)], look_ahead_loss=math.inf).verdict == "use_kss"  # seen, not inferred

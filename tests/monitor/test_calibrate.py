@@ -14,6 +14,7 @@ import pytest
 
 from rksp_core.launch import Launch
 from rksp_core.outcomes import Outcome
+from rksp_core.risk_model import RiskModel
 from rksp_monitor.cli import run
 
 TINY = "tests.monitor.tiny_model:build"  # width 16, three blocks
@@ -59,7 +60,7 @@ def test_calibrate_says_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert run(["calibrate", str(path), "--output", str(tmp_path / "risk.json")]) == 0
     said = capsys.readouterr().out
     assert "120 runs, " in said
-    assert "diverged within 1000 steps; AUROC 0." in said
+    assert "divergence within 1000 steps in " in said
     assert "by the learning rate alone; sha256 " in said
 
 
@@ -86,7 +87,7 @@ def test_a_rate_is_suggested(risk_model: Path, capsys: pytest.CaptureFixture[str
     assert found["threshold"] == 0.2
     assert 0.003 < found["rate"] < 1.0
     assert (
-        f"the learning rate at which the risk reaches 20% is {found['rate']:.3g} ("
+        f"the learning rate at which the risk of divergence reaches 20% is {found['rate']:.3g} ("
         in document["decision"]["reasons"][-1]
     )
     _, document = report(capsys, "--lr", found["rate"], "--risk-model", risk_model)
@@ -105,17 +106,67 @@ def test_a_model_unlike_the_runs_is_inconclusive(risk_model: Path, capsys: pytes
 
 
 def test_without_a_risk_model_there_is_no_probability(capsys: pytest.CaptureFixture[str]):
-    _, document = report(capsys, "--lr", 0.01)
+    _, document = report(capsys, "--lr", 0.01, "--risk-model", "none")
     assert document["risk"]["divergence_probability"] is None
-    assert "no risk model was given" in document["risk"]["reason"]
+    assert document["risk"]["outcomes"] == []
+    assert "no risk model was asked" in document["risk"]["reason"]
     assert document["risk"]["launch"]["width"] == 16
+
+
+GPT = [
+    "training.models.gpt:GPT",
+    "--arg",
+    "vocabulary=256",
+    "--arg",
+    "length=64",
+    "--arg",
+    "depth=2",
+    "--samples",
+    "512",
+]
+
+
+@pytest.mark.parametrize(("rate", "verdict", "code"), [(0.001, "proceed", 0), (1.0, "use_kss", 1)])
+def test_the_bundled_models_answer_for_models_like_theirs(
+    capsys: pytest.CaptureFixture[str], rate: float, verdict: str, code: int
+):
+    arguments = [*GPT, "--arg", "width=32", "--arg", "heads=4", "--arg", "norm=no_norm", "--lr", str(rate)]
+    assert run(["preflight", *arguments, "--device", "cpu", "--format", "json"]) == code
+    document = json.loads(capsys.readouterr().out)
+    risk = document["risk"]
+    assert document["decision"]["verdict"] == verdict
+    assert [each["outcome"] for each in risk["outcomes"]] == ["divergence", "divergence or no learning"]
+    divergence, failure = (each["probability"] for each in risk["outcomes"])
+    assert risk["divergence_probability"] == divergence
+    assert (divergence > 0.9) if code else (failure < 0.1)
+    assert risk["model"]["sha256"] == RiskModel.bundled()[0].sha256
+    assert risk["launch"]["steps"] == 20
+
+
+def test_the_bundled_models_say_whom_they_do_not_know_and_cost_no_long_look_ahead(capsys: pytest.CaptureFixture[str]):
+    code, document = report(capsys, "--lr", 0.01, "--beta2", 0.95, "--arg", "width=4")
+    risk = document["risk"]
+    assert (document["decision"]["verdict"], code) == ("inconclusive", 3)
+    assert [each["probability"] for each in risk["outcomes"]] == [None, None]
+    assert "the width is 4, the runs have 32 to 96" in risk["reason"]
+    assert "the nearest, tuning-" in risk["reason"]
+    assert risk["launch"]["steps"] == 5
+    assert risk["baselines"]["beta2"] == 0.95
+
+
+def test_another_look_ahead_leaves_the_bundled_models_out(capsys: pytest.CaptureFixture[str]):
+    _, document = report(capsys, "--lr", 0.01, "--look-ahead-steps", 2)
+    assert document["risk"]["outcomes"] == []
+    assert document["decision"]["verdict"] != "inconclusive"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--risk-model", "MODEL"], "--risk-model is of no use without --lr"),
-        (["--lr", "0.1", "--suggest-lr", "0.1"], "--suggest-lr needs a --risk-model"),
+        (["--lr", "0.1", "--suggest-lr", "0.1", "--risk-model", "none"], "--suggest-lr needs a risk model"),
+        (["--suggest-lr", "0.1"], "--suggest-lr is of no use without --lr"),
+        (["--lr", "0.1", "--optimizer", "sgd", "--beta2", "0.9"], "beta2 belongs to adamw, adam or lion"),
         (["--lr", "0.1", "--risk-model", "MODEL", "--suggest-lr", "1.5"], "a probability above 0 and below 1, got 1.5"),
         (["--lr", "0.1", "--risk-model", "MODEL", "--look-ahead-steps", "9"], "look-aheads of 4 steps, got"),
         (["--lr", "0.1", "--risk-model", "nowhere.json"], "cannot read the risk model nowhere.json"),
