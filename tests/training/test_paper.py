@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from training.experiments.paper import __main__ as command
 from training.experiments.paper import contents, runs
 from training.experiments.paper.page import markdown, page
 from training.experiments.paper.section import Section, read_section, said, same, write_section
-from training.experiments.plan import plan
-from training.experiments.record import PACKED
+from training.experiments.plan import PlannedRun, plan
+from training.experiments.record import PACKED, SCHEMA
 from training.experiments.spec import read_spec
 
 PAGE = contents.ROOT / "docs" / "paper.md"
@@ -141,6 +142,87 @@ def test_runs_are_made_kept_and_grouped(tiny: str, tmp_path: Path, capsys: pytes
     assert runs.make_runs(tiny, 1, None) == 0  # goes on from what is kept, which holds all of them
     assert "4 of 4 runs have a record in" in capsys.readouterr().out
     assert contents.records_of(tiny).read_bytes() == kept
+
+
+def made_up(spec: str, diverges: Callable[[PlannedRun], bool]) -> None:
+    """Keep a record of every planned run of a shipped spec; who diverges does so at step 50, with loss 4 before."""
+    planned = plan(read_spec(contents.runs_of(spec)))
+    records = []
+    for run in planned:
+        gone = diverges(run)
+        kss = float(run.settings.get("kss.alpha", 0.0))
+        records.append(
+            {
+                "schema": SCHEMA,
+                "key": run.key,
+                "group": run.group,
+                "seed": run.seed,
+                "configuration": {"optimizer.learning_rate": 0.001} | dict(run.settings),
+                "steps": {"loss": [4.0] * 30, "gradient_norm": [1.0] * 30},
+                "profiles": {"step": [0] if gone else [0, 800], "features": {"near_unit_mass_mean": [0.9, 0.5 - kss]}},
+                "labels": {"paper": None, "rksp": 50 if gone else None},
+                "learned": not gone,
+                "final": {"loss": 4.0 if gone else 1.0 - kss + run.seed % 10 / 100, "accuracy": 0.1 if gone else 0.6},
+            }
+        )
+    runs.keep(spec, records)
+
+
+@pytest.fixture
+def kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contents, "DATA", tmp_path)
+
+
+def cells(section: Section, row: str) -> dict[str, str]:
+    return dict(zip(section.header, next(each for each in section.rows if each[0] == row), strict=True))
+
+
+@pytest.mark.usefixtures("kept_apart")
+def test_arms_stand_beside_doing_nothing() -> None:
+    """KSS saves all, clipping saves none, doing nothing loses the eight runs above .005."""
+
+    def diverges(run: PlannedRun) -> bool:
+        hot = run.settings["optimizer.learning_rate"] > 0.005
+        return run.group.startswith("clip") or (run.group in ("none", "L2 on residuals") and hot)
+
+    made_up("no_norm_recall", diverges)
+    third = contents.chapter("table_03").section()
+    assert cells(third, "none")["diverged, ours"] == "8 of 12: 67 % [39, 86]"
+    assert cells(third, "none")["same sign"] == "-"
+    assert cells(third, "KSS 0.15")["same sign"] == "yes"
+    assert cells(third, "KSS 0.15")["near-unit mass, ours"] == "0.35 [0.35, 0.35], n = 12"
+    assert cells(third, "clip 0.5")["same sign"] == "no"
+    assert cells(third, "half the rate")["diverged, ours"] == "0 of 12: 0 % [0, 24]"  # four of them from "none"
+    assert "fewer: KSS 0.10, KSS 0.15, KSS 0.20, half the rate; more: none;" in third.sentence
+    assert "Lion" in contents.chapter("table_04").section().sentence
+    sixth = contents.chapter("table_06").section()
+    assert cells(sixth, "L2 on residuals")["same sign"] == "-"  # as many as without
+    assert sixth.rows[-1][2].endswith("n = 6 arms")
+
+
+@pytest.mark.usefixtures("kept_apart")
+def test_the_largest_stable_rate_is_the_last_below_the_first_that_is_not() -> None:
+    def diverges(run: PlannedRun) -> bool:
+        rate = run.settings["optimizer.learning_rate"]
+        one_of_two = run.settings["model.arguments.norm"] != "no_norm" and rate == 0.128 and run.seed % 2 == 0
+        return rate > (0.3 if "KSS" in run.group else 0.2) or (one_of_two and "KSS" not in run.group)
+
+    made_up("rates_recall", diverges)
+    found = contents.chapter("table_05").section()
+    assert cells(found, "Pre-LN")["stable: ours, without -> with KSS"] == "0.032 -> 0.256"
+    assert cells(found, "Pre-LN")["same sign"] == "yes"
+    assert cells(found, "No-Norm")["same sign"] == "-"
+    assert "it raises that of Pre-LN, RMSNorm; it leaves where it is that of No-Norm" in found.sentence
+
+
+@pytest.mark.usefixtures("kept_apart")
+@pytest.mark.parametrize("name", ["table_07", "table_08", "table_09"])
+def test_kss_stands_beside_the_same_runs_without(name: str) -> None:
+    made_up(contents.chapter(name).SPECS[0], lambda run: run.settings["optimizer.learning_rate"] > 0.3)
+    found = contents.chapter(name).section()
+    assert "which cannot be told from" in found.sentence
+    assert "leaves the held-out loss lower, by -0.150 [-0.150, -0.150]" in found.sentence  # kss.alpha, in `made_up`
+    assert {"yes", "-"} == {value for row in found.rows for value in row if value in ("yes", "no", "-")}
 
 
 def test_a_table_without_its_runs_says_how_to_make_them(

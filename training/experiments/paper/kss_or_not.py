@@ -1,0 +1,72 @@
+"""What Tables 7, 8 and 9 share: runs with KSS beside runs without, on the same seeds and rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from training.experiments.paper.runs import Mean, Share, diverged, fisher, last, mean
+from training.experiments.record import Record
+
+
+def at(records: list[Record], rate: float) -> list[Record]:
+    """Return the runs of one learning rate."""
+    return [record for record in records if record["configuration"]["optimizer.learning_rate"] == rate]
+
+
+def perplexity(records: list[Record], rate: float) -> Mean:
+    """Return the held-out perplexity of the runs of a rate."""
+    losses = [record["final"]["loss"] for record in at(records, rate)]
+    return mean([None if loss is None else math.exp(loss) for loss in losses])
+
+
+def accuracy(records: list[Record], rate: float) -> Mean:
+    """Return the held-out accuracy of the runs of a rate, in percent."""
+    found = [record["final"]["accuracy"] for record in at(records, rate)]
+    return mean([None if value is None else 100 * value for value in found], 1)
+
+
+def near_unit_mass(records: list[Record], rate: float) -> Mean:
+    """Return the near-unit mass of the last profile of the runs of a rate, mean over layers."""
+    return mean([last(record, "near_unit_mass_mean") for record in at(records, rate)])
+
+
+def effect(pair: Sequence[float], *, falls: bool) -> bool | None:
+    """Return whether the second of two figures is smaller (or larger), as in the paper; None: equal, or not known."""
+    without, with_kss = pair
+    if math.isnan(without) or math.isnan(with_kss) or without == with_kss:
+        return None
+    return (with_kss < without) == falls
+
+
+def against(none: list[Record], kss: list[Record], rate: float) -> str:
+    """Return what the runs say about KSS: divergence over all of them, and the final loss at one rate, seed by seed."""
+    shares = diverged(none), diverged(kss)
+    return f"{_told(*shares)} {_paired(at(none, rate), at(kss, rate), rate)}"
+
+
+def _told(none: Share, kss: Share) -> str:
+    if not none.runs or not kss.runs:
+        return "Too few runs are made to say anything about divergence."
+    p = fisher(none, kss)
+    verdict = "can be told from" if p < 0.05 else "cannot be told from"
+    return f"{kss} diverged with KSS, which {verdict} {none} without (Fisher's exact test: p = {p:.2g})."
+
+
+def _paired(none: list[Record], kss: list[Record], rate: float) -> str:
+    """Return the paired difference of final losses with its t interval."""
+    losses = [
+        {(record["seed"], *_model(record)): record["final"]["loss"] for record in records if record["final"]["loss"]}
+        for records in (none, kss)
+    ]
+    differences = [losses[1][key] - losses[0][key] for key in losses[0].keys() & losses[1].keys()]
+    found = mean(sorted(differences), 3)
+    if found.runs < 2:
+        return "Too few runs are made to compare the losses."
+    sides = "lower" if found.value < 0 else "higher"
+    sure = ", which is within the noise" if found.low <= 0 <= found.high else ""
+    return f"At the rate {rate:g} KSS leaves the held-out loss {sides}, by {found} pairs{sure}."
+
+
+def _model(record: Record) -> tuple[object, ...]:
+    return tuple(record["configuration"].get(f"model.arguments.{name}") for name in ("norm", "width"))
