@@ -198,8 +198,25 @@ DEFAULT_RULES = (
     Rule("loss_or_gradient_not_finite", 3, (Condition("not_finite_figures", 0.0, "absolute"),)),
 )
 
+
+@dataclass(frozen=True)
+class Rung(Levers):
+    """What a level orders: levers, and with ``rollback`` that the trainer goes back to before the trouble began.
+
+    That is asked once in an excursion from level 0, unless the run gets worse than it was then, and only where an event
+    of level 0 went before: its step is as far as the trainer may go back. It is an event, the levers are a state.
+    """
+
+    rollback: bool = False
+
+    @property
+    def levers(self) -> Levers:
+        """The state alone."""
+        return Levers.of(self.kss, self.clip, self.learning_rate_scale)
+
+
 # A level that is not listed takes the entry of the next lower one that is; level 0 without an entry is off.
-DEFAULT_LADDER = {0: Levers(), 2: Levers(alpha=0.15)}
+DEFAULT_LADDER = {0: Rung(), 2: Rung(alpha=0.15)}
 
 
 @dataclass(frozen=True)
@@ -210,7 +227,8 @@ class Policy:
     least distance between two orders (a higher level than the one last answered never waits); ``expires_in`` the
     seconds an order holds, None for ever: it is renewed by the first event after half that time. A series (checkpoints,
     or the trainer's own profiles) whose newest step lies more than ``silent_after_steps`` behind the run's newest one
-    has fallen silent: its level does not count until it is heard again. None: it always counts.
+    has fallen silent: its level does not count until it is heard again. None: it always counts. With ``ratchet`` no
+    order is taken back when the level falls, as it does when a trainer goes back: only a higher level asks for another.
     """
 
     rules: tuple[Rule, ...] = DEFAULT_RULES
@@ -220,7 +238,8 @@ class Policy:
     expires_in: float | None = 86400.0
     # Checkpoints are often 500-5000 steps apart: one series must not lose its word between two of its own events.
     silent_after_steps: int | None = 5000
-    ladder: Mapping[int, Levers] = field(default_factory=lambda: dict(DEFAULT_LADDER))
+    ratchet: bool = False
+    ladder: Mapping[int, Rung] = field(default_factory=lambda: dict(DEFAULT_LADDER))
 
     def __post_init__(self) -> None:
         for name, least in (("raise_after", 1), ("clear_after", 1), ("cooldown_steps", 0), ("silent_after_steps", 1)):
@@ -237,10 +256,10 @@ class Policy:
         if unknown:
             raise PolicyError(f"the ladder has the level {unknown[0]}; levels are 0 ok, 1, 2 and 3 critical")
 
-    def levers(self, level: int) -> Levers:
+    def rung(self, level: int) -> Rung:
         """Return what a level asks for."""
         listed = [step for step in self.ladder if step <= level]
-        return self.ladder[max(listed)] if listed else Levers()
+        return self.ladder[max(listed)] if listed else Rung()
 
 
 @dataclass(frozen=True)
@@ -248,13 +267,15 @@ class Hold:
     """A person's word: the policy gives no orders while it holds.
 
     ``levers`` are what the trainer is told instead; None tells it nothing more, and what was ordered last runs out by
-    itself. ``until`` is in seconds since the epoch, None until it is released.
+    itself. ``until`` is in seconds since the epoch, None until it is released. ``rollback_to``: beside the levers the
+    trainer is asked, once, to go back to its newest checkpoint at or before this step.
     """
 
     levers: Levers | None = None
     until: float | None = None
     by: str = ""
     reason: str = ""
+    rollback_to: int | None = None
 
     def holds(self, at: float) -> bool:
         """Whether it holds at this time."""
@@ -263,7 +284,8 @@ class Hold:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
         levers = None if self.levers is None else self.levers.to_dict()
-        return {"levers": levers, "until": self.until, "by": self.by, "reason": self.reason}
+        back = {} if self.rollback_to is None else {"rollback_to": self.rollback_to}
+        return {"levers": levers, "until": self.until, "by": self.by, "reason": self.reason, **back}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Hold:
@@ -276,10 +298,12 @@ class Hold:
         """
         try:
             levers, until = document["levers"], document["until"]
-            by, reason = document["by"], document["reason"]
+            by, reason, back = document["by"], document["reason"], document.get("rollback_to")
+            if back is not None and (not is_whole(back) or back < 0 or levers is None):
+                raise ValueError("rollback_to must be a step, beside levers")
             if not (until is None or is_number(until)) or not isinstance(by, str) or not isinstance(reason, str):
                 raise ValueError("until must be a number or null, by and reason must be texts")
-            return cls(None if levers is None else Levers.from_dict(levers, 2), until, by, reason)
+            return cls(None if levers is None else Levers.from_dict(levers, 2), until, by, reason, back)
         except ControlError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -291,23 +315,34 @@ class Evidence:
     """One judged event; ``at`` is in seconds since the epoch, as the caller's clock says.
 
     ``series`` is where it comes from ("checkpoint", or "profile" for the trainer's own); ``rewound`` says that the
-    trainer had gone back to before it (`rewind` was called first).
+    trainer had gone back to before it (`rewind` was called first), ``back_to`` to which step, where it said so itself.
     """
 
     drift: Drift
     at: float = 0.0
     series: str = "checkpoint"
     rewound: bool = False
+    back_to: int | None = None
+
+    @property
+    def undone_from(self) -> int:
+        """The first step that a trainer which went back has undone."""
+        return self.drift.step if self.back_to is None else self.back_to + 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
-        return {"drift": self.drift.to_dict(), "at": self.at, "series": self.series, "rewound": self.rewound}
+        back = {} if self.back_to is None else {"back_to": self.back_to}
+        return {"drift": self.drift.to_dict(), "at": self.at, "series": self.series, "rewound": self.rewound, **back}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Evidence:
         """Read the JSON form."""
         return cls(
-            Drift.from_dict(document["drift"]), document["at"], document["series"], document.get("rewound", False)
+            Drift.from_dict(document["drift"]),
+            document["at"],
+            document["series"],
+            document.get("rewound", False),
+            document.get("back_to"),
         )
 
 
@@ -329,7 +364,9 @@ class PolicyState:
     """What the policy remembers: the level, that of each series, and the order that was given last.
 
     ``ordered_at`` is when it was given and ``ordered_until`` when its time is over, None for never, in seconds since
-    the epoch. ``held`` says that a hold was in force when the state was made.
+    the epoch. ``held`` says that a hold was in force when the state was made. ``kept_level`` is the highest level that
+    a ratchet has answered, ``healthy_step`` the newest step of level 0 at which no rule fired, ``back_level`` the level
+    at which this excursion from level 0 was answered by a rollback, 0 before, and ``back_step`` the step of the last.
     """
 
     level: int = 0
@@ -340,6 +377,10 @@ class PolicyState:
     ordered_at: float | None = None
     ordered_until: float | None = None
     held: bool = False
+    kept_level: int = 0
+    healthy_step: int | None = None
+    back_level: int = 0
+    back_step: int | None = None
 
     @property
     def step(self) -> int | None:
@@ -369,8 +410,8 @@ class PolicyState:
 class Decision:
     """The outcome of one event: the level that holds, the rules that fired, and the order that is due, if any.
 
-    ``rules`` are all rules with the numbers that made them; ``hold`` the hold in force. ``late`` marks an event that
-    came after a newer one of its series: it decided nothing.
+    ``rollback_to`` is as in `rksp_core.orders.Desired`. ``rules`` are all rules with the numbers that made them;
+    ``hold`` the hold in force. ``late`` marks an event that came after a newer one of its series: it decided nothing.
     """
 
     level: int
@@ -381,6 +422,7 @@ class Decision:
     late: bool = False
     rules: tuple[RuleFinding, ...] = ()
     hold: Hold | None = None
+    rollback_to: int | None = None
 
     @property
     def explanation(self) -> list[str]:
@@ -394,6 +436,7 @@ class Decision:
             "previous_level": self.previous_level,
             "fired": list(self.fired),
             "order": None if self.order is None else self.order.to_dict(),
+            **({} if self.rollback_to is None else {"rollback_to": self.rollback_to}),
             "reason": dataclasses.asdict(self.reason),
             "late": self.late,
             "rules": [rule.to_dict() for rule in self.rules],
@@ -413,6 +456,7 @@ class Decision:
             document["late"],
             tuple(RuleFinding.from_dict(rule) for rule in document["rules"]),
             None if hold is None else Hold.from_dict(hold),
+            document.get("rollback_to"),
         )
 
 
@@ -431,25 +475,37 @@ def decide(
     findings = tuple(rule.judge(drift) for rule in policy.rules)
     fired = [rule for rule, finding in zip(policy.rules, findings, strict=True) if finding.fired]
     after = _with(state, evidence.series, _heard(before, drift.step, fired, policy), policy)
-    after, order = _order(after, policy, hold, at)
+    if after.level == 0:
+        healthy = after.healthy_step if fired else max(drift.step, after.healthy_step or 0)
+        after = dataclasses.replace(after, healthy_step=healthy, back_level=0)
+    back_to = _rollback(after, policy) if _in_force(hold, at) is None else None
+    after, order = _order(after, policy, hold, at, back_to)
     names = tuple(rule.name for rule in fired)
-    reason = _reason(after.level, fired, drift)
-    return after, Decision(after.level, state.level, names, order, reason, rules=findings, hold=_in_force(hold, at))
+    reason, in_force = _reason(after.level, fired, drift), _in_force(hold, at)
+    decision = Decision(
+        after.level, state.level, names, order, reason, rules=findings, hold=in_force, rollback_to=back_to
+    )
+    return after, decision
 
 
-def decree(state: PolicyState, policy: Policy, hold: Hold | None, at: float) -> tuple[PolicyState, Decision | None]:
+def decree(
+    state: PolicyState, policy: Policy, hold: Hold | None, at: float, *, news: bool = False
+) -> tuple[PolicyState, Decision | None]:
     """Return what a hold that began, changed or ended asks for without an event; None when nothing is due.
 
     The state may be another one all the same: it remembers that a hold is in force. What a hold orders is renewed here
-    too, before it expires: it stands on a person's word and waits for no event.
+    too, before it expires: it stands on a person's word and waits for no event. ``news``: the hold was not heard
+    before, so that what it asks for only once is due.
     """
     in_force = _in_force(hold, at)
     if in_force is None and not state.held:
         return state, None
-    after, order = _order(state, policy, hold, at)
+    back_to = in_force.rollback_to if in_force is not None and news else None
+    after, order = _order(state, policy, hold, at, back_to)
     if order is None:
         return after, None
-    return after, Decision(state.level, state.level, (), order, Reason(state.level, state.step), hold=in_force)
+    reason = Reason(state.level, state.step)
+    return after, Decision(state.level, state.level, (), order, reason, hold=in_force, rollback_to=back_to)
 
 
 def rewind(state: PolicyState, step: int, policy: Policy, kept: Iterable[Evidence] = ()) -> PolicyState:
@@ -466,8 +522,15 @@ def rewind(state: PolicyState, step: int, policy: Policy, kept: Iterable[Evidenc
             continue
         fired = [rule for rule in policy.rules if rule.judge(drift).fired]
         series[evidence.series] = _heard(before, drift.step, fired, policy)
-    ordered_step = None if state.ordered_step is None else min(state.ordered_step, step)
-    return dataclasses.replace(state, series=series, level=_highest(series, policy), ordered_step=ordered_step)
+    return dataclasses.replace(
+        state,
+        series=series,
+        level=_highest(series, policy),
+        ordered_step=None if state.ordered_step is None else min(state.ordered_step, step),
+        healthy_step=None if state.healthy_step is None else min(state.healthy_step, step - 1),
+        back_level=0,
+        back_step=None if state.back_step is None else min(state.back_step, step),
+    )
 
 
 def replay_decisions(evidences: Iterable[Evidence], policy: Policy) -> list[Decision]:
@@ -480,8 +543,8 @@ def replay_decisions(evidences: Iterable[Evidence], policy: Policy) -> list[Deci
     decisions: list[Decision] = []
     for evidence in evidences:
         if evidence.rewound:
-            kept = [each for each in kept if each.drift.step < evidence.drift.step]
-            state = rewind(state, evidence.drift.step, policy, kept)
+            kept = [each for each in kept if each.drift.step < evidence.undone_from]
+            state = rewind(state, evidence.undone_from, policy, kept)
         state, decision = decide(state, evidence, policy)
         kept.append(evidence)
         decisions.append(decision)
@@ -526,11 +589,23 @@ def _in_force(hold: Hold | None, at: float) -> Hold | None:
     return hold if hold is not None and hold.holds(at) else None
 
 
-def _order(state: PolicyState, policy: Policy, hold: Hold | None, at: float) -> tuple[PolicyState, Levers | None]:
+def _rollback(state: PolicyState, policy: Policy) -> int | None:
+    """Return the step to go back to where the level asks for it: once an excursion, unless the run got worse."""
+    if not policy.rung(state.level).rollback or state.level <= state.back_level:
+        return None
+    if state.back_step is not None and (state.step or 0) - state.back_step < policy.cooldown_steps:
+        return None
+    return state.healthy_step
+
+
+def _order(
+    state: PolicyState, policy: Policy, hold: Hold | None, at: float, back_to: int | None
+) -> tuple[PolicyState, Levers | None]:
     """Return the state that remembers the hold and the order that is due, and that order."""
     in_force = _in_force(hold, at)
+    level = max(state.level, state.kept_level) if policy.ratchet else state.level
     after = dataclasses.replace(state, held=in_force is not None)
-    wanted = policy.levers(state.level) if in_force is None else in_force.levers
+    wanted = policy.rung(level).levers if in_force is None else in_force.levers
     if wanted is None:
         return after, None
     ends = [
@@ -538,12 +613,16 @@ def _order(state: PolicyState, policy: Policy, hold: Hold | None, at: float) -> 
         math.inf if in_force is None or in_force.until is None else in_force.until,
     ]
     # A person's word waits for no cool-down, nor does the policy at the end of it.
-    if not _is_due(state, wanted, policy, at, min(ends), at_once=state.held or after.held):
+    due = _is_due(state, wanted, policy, at, min(ends), at_once=state.held or after.held)
+    if not due and back_to is None:
         return after, None
+    if back_to is not None:
+        after = dataclasses.replace(after, back_level=state.level, back_step=state.step or 0)
     return dataclasses.replace(
         after,
         ordered=wanted,
-        ordered_level=state.level,
+        kept_level=level if in_force is None else state.kept_level,
+        ordered_level=level,
         ordered_step=state.step or 0,
         ordered_at=at,
         ordered_until=None if math.isinf(min(ends)) else min(ends),

@@ -23,6 +23,7 @@ from rksp_monitor.orders import Orders
 
 KINDS = ("checkpoint", "profile")
 OLD_SECONDS = 60.0  # after which evidence that a later event overtakes gives no order
+_WENT_BACK = "went_back"  # the ledger's name for what a trainer said about that
 CATCHING_UP = Hold(by="rksp", reason="what is judged is old, and later events wait")
 
 
@@ -73,15 +74,20 @@ class Judge:
             When the profile is of another probe or other settings than the run's baseline.
         """
         before, state = self._drift_state(event.kind), self.state
-        policy, documents, rewound = self._settings.policy, dict[str, Any](), None
+        policy, documents, rewound, said = self._settings.policy, dict[str, Any](), None, self._untold()
         document = profile.to_dict(eigenvalues=False)
         if before is not None and event.step <= before.step and self._ledger.went_back(event, document):
             rewound = before.step
-            state = policies.rewind(state, event.step, policy, self._kept(event))
-            documents = self._rewound(event)
+            state = policies.rewind(state, event.step, policy, self._kept(event.step))
+            documents = self._rewound(event.step)
             before = DriftState.from_dict(documents[f"drift/{event.kind}"])
+        elif said is not None:
+            documents[_WENT_BACK] = {**said, "told": True}
         after, drift = measure(before, profile, event.step, self._reference(event.kind, profile))
-        evidence = Evidence(drift, self._clock(), event.kind, rewound=rewound is not None)
+        back_to = None if rewound is not None or said is None else said["step"]
+        evidence = Evidence(
+            drift, self._clock(), event.kind, rewound=rewound is not None or back_to is not None, back_to=back_to
+        )
         overtaken = self._is_overtaken(event)
         state, decision = decide(state, evidence, policy, hold or (CATCHING_UP if overtaken else None))
         documents |= self._documents(state, decision)
@@ -93,6 +99,20 @@ class Judge:
         self.state, self._overtaken = state, documents["overtaken"]
         return Judgement(drift, decision, rewound)
 
+    def went_back(self, step: int, generation: int) -> bool:
+        """Undo what came after ``step``, to which the trainer says that this order has taken it; False if it is known.
+
+        The next event says so too, for whoever replays the history.
+        """
+        if generation <= (self._ledger.load(_WENT_BACK) or {"generation": 0})["generation"]:
+            return False
+        state = policies.rewind(self.state, step + 1, self._settings.policy, self._kept(step + 1))
+        documents = self._rewound(step + 1) | self._documents(state, None)
+        documents[_WENT_BACK] = {"generation": generation, "step": step, "told": False}
+        self._ledger.set_aside(step + 1, documents)
+        self.state = state
+        return True
+
     def obey(self, hold: Hold | None) -> Decision | None:
         """Take a person's word into account at once; return what it led to, None when it changed nothing.
 
@@ -101,8 +121,9 @@ class Judge:
         if self._overtaken and not self._ledger.later_ready(**self._overtaken):
             self._overtaken = {}
         in_force = hold or (CATCHING_UP if self._overtaken else None)
-        state, decision = decree(self.state, self._settings.policy, in_force, self._clock())
-        if hold != self._heard:
+        news = hold != self._heard
+        state, decision = decree(self.state, self._settings.policy, in_force, self._clock(), news=news)
+        if news:
             decision = decision or Decision(
                 state.level, state.level, (), None, Reason(state.level, state.step), hold=hold
             )
@@ -127,19 +148,24 @@ class Judge:
             written = event.first_seen
         return self._clock() - written > OLD_SECONDS
 
-    def _rewound(self, event: Event) -> dict[str, Any]:
-        """Return the drift states, of both kinds of events, for a run that went back to before the event's step."""
+    def _untold(self) -> dict[str, Any] | None:
+        """Return the going back, as the trainer said it, that no event has told of since."""
+        said = self._ledger.load(_WENT_BACK)
+        return None if said is None or said["told"] else said
+
+    def _rewound(self, step: int) -> dict[str, Any]:
+        """Return the drift states, of both kinds of events, for a run that went back to before the step."""
         documents = {}
         for kind in KINDS:
             state = self._drift_state(kind)
-            if state is not None and state.step >= event.step:
-                drifts = (each.drift for each in self._kept(event) if each.series == kind)
-                documents[f"drift/{kind}"] = rewind(state, event.step, drifts).to_dict()
+            if state is not None and state.step >= step:
+                drifts = (each.drift for each in self._kept(step) if each.series == kind)
+                documents[f"drift/{kind}"] = rewind(state, step, drifts).to_dict()
         return documents
 
-    def _kept(self, event: Event) -> Iterator[Evidence]:
-        """Yield what was judged before the event's step and stands, one at a time: there may be a hundred thousand."""
-        return map(Evidence.from_dict, self._ledger.evidence_before(event))
+    def _kept(self, step: int) -> Iterator[Evidence]:
+        """Yield what was judged before the step and stands, one at a time: there may be a hundred thousand."""
+        return map(Evidence.from_dict, self._ledger.evidence_before(step))
 
     def _reference(self, kind: str, profile: ModelProfile) -> Reference | None:
         """Return the healthy run's series; one that cannot be compared with this run is said so and dropped."""

@@ -302,12 +302,12 @@ class Ledger:
         rising = first < second < event.step < highest[0]
         return bool(rising and min(first_seen, second_seen, event.first_seen) > highest[1])
 
-    def evidence_before(self, event: Event) -> Iterator[dict[str, Any]]:
-        """Yield the evidence of what was judged below the event's step and is not set aside, in that order."""
+    def evidence_before(self, step: int) -> Iterator[dict[str, Any]]:
+        """Yield the evidence of what was judged below the step and is not set aside, in that order."""
         rows = self._database.execute(
             "SELECT evidence FROM events INDEXED BY events_ordinal WHERE run = ? AND status = 'done' "
             "AND set_aside = 0 AND step < ? AND evidence IS NOT NULL ORDER BY ordinal",
-            (self._run, event.step),
+            (self._run, step),
         )
         yield from (unpack(stored) for (stored,) in rows)
 
@@ -355,12 +355,19 @@ class Ledger:
         packed = {field.name: pack(getattr(outcome, field.name)) for field in dataclasses.fields(outcome)}
         with self._transaction():
             if undone:
-                self._database.execute(
-                    "UPDATE events SET set_aside = 1 WHERE run = ? AND status = 'done' AND step >= ? AND set_aside = 0",
-                    (self._run, event.step),
-                )
+                self.set_aside(event.step, {})
             judged, ordinal = self._now()
             self._move(event, "done", error="", judged=judged, ordinal=ordinal + 1, **packed)
+            for name, document in states.items():
+                self._store(name, document)
+
+    def set_aside(self, step: int, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Set aside what was judged at this step and later, and store the states, in one transaction."""
+        with self._transaction():
+            self._database.execute(
+                "UPDATE events SET set_aside = 1 WHERE run = ? AND status = 'done' AND step >= ? AND set_aside = 0",
+                (self._run, step),
+            )
             for name, document in states.items():
                 self._store(name, document)
 

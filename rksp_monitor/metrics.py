@@ -136,6 +136,7 @@ METRICS: tuple[Definition, ...] = (
         "rksp_control_applied_generation", "Generation that the trainer acknowledged as active; 0 before the first."
     ),
     _gauge("rksp_control_acknowledgement_overdue", "1 while an order waits too long for the trainer's answer, else 0."),
+    _counter("rksp_control_rollbacks_total", "How often the trainer said that an order took it back to a checkpoint."),
     _gauge("rksp_control_held", "1 while a person holds the policy back or ordered something else, else 0."),
     _gauge(
         "rksp_run_suspended",

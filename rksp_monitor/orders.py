@@ -75,6 +75,7 @@ class Orders:
             reason,
             clip=levers.clip,
             learning_rate_scale=levers.learning_rate_scale,
+            rollback_to=decision.rollback_to,
             known=last.generation if last else 0,
             expires_in=None if until is None else until - now,
         )
@@ -121,6 +122,13 @@ class Orders:
     def answer(self) -> Acknowledgement | None:
         """Return the last acknowledgement in the control folder, whoever wrote it."""
         return None if self._control is None else self._control.applied()
+
+    def rollback(self) -> tuple[int, int] | None:
+        """Return the step that this run's trainer says it went back to, and the generation that asked for it."""
+        answer = self.answer()
+        if answer is None or answer.run_id != self._run or answer.rolled_back_to is None:
+            return None
+        return answer.rolled_back_to, answer.generation
 
     def overdue(self, now: float, within: float) -> Desired | None:
         """Return the order that the trainer should have answered by now, if there is one.

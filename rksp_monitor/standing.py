@@ -137,12 +137,14 @@ def look(run: Run, settings: RunSettings, now: float) -> Standing:
     )
 
 
-def objection(run: Run, levers: Levers) -> str | None:
-    """Return why the trainer would reject these levers, as far as its configuration says; None when it would not."""
+def objection(run: Run, levers: Levers, rollback_to: int | None = None) -> str | None:
+    """Return why the trainer would not do as it is told, as far as its configuration says; None when it would."""
     limits = _trainer_limits(run.folder)
     if limits is None:
         return None
     order = Desired(run.name, 1, levers.kss, clip=levers.clip, learning_rate_scale=levers.learning_rate_scale)
+    if rollback_to is not None and limits.rollbacks == 0:
+        return "the order asks to go back, this trainer never does (limits.rollbacks)"
     return limits.refusal(order)
 
 

@@ -421,6 +421,7 @@ class RunWatcher:
     def _report(self, previous: int, decision: Decision) -> None:
         """Log and announce a level that moved and an order, with the numbers that made them."""
         reason = dataclasses.asdict(decision.reason)
+        back = {} if decision.rollback_to is None else {"rollback_to": decision.rollback_to}
         if decision.level != previous:
             moved = {"before": LEVELS[previous], "now": LEVELS[decision.level], "why": decision.explanation}
             log = self._log.warning if decision.level > previous else self._log.info
@@ -428,8 +429,9 @@ class RunWatcher:
             self._announce("risk_level", moved)
         if decision.order is not None:
             what = "order" if self.settings.enforce else "would order"
-            self._log.warning(what, **decision.order.to_dict(), reason=reason)
-            self._announce("order", {**decision.order.to_dict(), "enforced": self.settings.enforce, "reason": reason})
+            order = decision.order.to_dict() | back
+            self._log.warning(what, **order, reason=reason)
+            self._announce("order", {**order, "enforced": self.settings.enforce, "reason": reason})
 
     def _fail(self, event: Event, problem: str) -> None:
         """Count a failed attempt: another one after a back-off, or the end."""
@@ -457,7 +459,8 @@ class RunWatcher:
     # -- control
 
     def _obey(self) -> None:
-        """Do what a person asked for: hold the policy back, or order something else."""
+        """Follow a trainer that went back; then a person: hold the policy back, or order something else."""
+        self._follow_back()
         held = self._hold
         try:
             self._hold = read_hold(hold_file(self.run.ledger), self._clock())
@@ -474,6 +477,15 @@ class RunWatcher:
             )
         if decision is not None:
             self._report(previous, decision)
+
+    def _follow_back(self) -> None:
+        """Go back with a trainer that says it did as it was ordered: before anything that it wrote since is judged."""
+        told = self._orders.rollback()
+        if told is None or not self._is_news("rollback", told) or not self._judge.went_back(*told):
+            return
+        self._shown = -1
+        self._board.count(self.run.name, "rksp_control_rollbacks_total")
+        self._log.warning("rolled back", step=told[0], generation=told[1])
 
     def _why_ended(self, held: Hold | None) -> str:
         over = held is not None and not held.holds(self._clock())
@@ -500,6 +512,8 @@ class RunWatcher:
         log = self._log.info if answer.status == "applied" else self._log.warning
         about = {"trainer": answer.run_id, "generation": answer.generation, "step": answer.step}
         about |= {"status": answer.status, "message": answer.message, "active": answer.active.to_dict()}
+        if answer.rollback:
+            about["rolled_back_to"] = answer.rolled_back_to
         log("answer", **about)
         self._announce("answer", about)
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from rksp_core.errors import ConfigError
+from rksp_core.orders import Variant
 from rksp_monitor.commands.one_run import ConfigFile, RunId, StateDir, one_run
 from rksp_monitor.printable import printable
 
@@ -87,10 +88,13 @@ def set_(
     interval: Annotated[int | None, typer.Option(help="Steps between two KSS terms, at least 1.")] = None,
     layer_fraction: Annotated[float | None, typer.Option(help="Share of layers in a term, in (0, 1].")] = None,
     gamma: Annotated[float | None, typer.Option(help="Target of the near-unit mass, 0 to 1.")] = None,
-    variant: Annotated[Literal["paper", "hinge"] | None, typer.Option(help="Form of the unstable term.")] = None,
+    variant: Annotated[Variant | None, typer.Option(help="Form of the unstable term.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest gradient norm; default: the trainer's own.")] = None,
     learning_rate_scale: Annotated[
         float | None, typer.Option(help="Factor on the trainer's schedule; default: none.")
+    ] = None,
+    rollback_to: Annotated[
+        int | None, typer.Option(min=0, help="Go back, once, to the newest checkpoint at or before this step.")
     ] = None,
     period: For = None,
     until: Until = None,
@@ -111,7 +115,7 @@ def set_(
         "learning_rate_scale": learning_rate_scale,
     }
     levers = Levers(**{name: value for name, value in given.items() if value is not None})
-    return _ask(run_folder, levers, reason, period, until, config, state_dir, run_id)
+    return _ask(run_folder, levers, reason, period, until, config, state_dir, run_id, rollback_to)
 
 
 @control.command()
@@ -149,6 +153,7 @@ def _ask(
     config: Path | None,
     state_dir: Path | None,
     run_id: str | None,
+    rollback_to: int | None = None,
 ) -> int:
     """Write a hold, and say what will come of it."""
     from rksp_core.policy import Hold
@@ -160,10 +165,10 @@ def _ask(
     if not reason.strip():
         raise ConfigError("--reason is empty; say why, for whoever finds the run like this")
     run, settings = _existing(folder, config, state_dir, run_id)
-    refusal = None if levers is None else objection(run, levers)
+    refusal = None if levers is None else objection(run, levers, rollback_to)
     if refusal is not None:
         raise ConfigError(f"nothing is ordered, as the trainer would reject it: {refusal}")
-    asked = Hold(levers, end, _user(), reason)
+    asked = Hold(levers, end, _user(), reason, rollback_to)
     write_hold(hold_file(run.ledger), asked, now)
     print(printable(f"run {run.name} is held: {_hold_line(asked, now, now)}"))
     _warn(run, settings)
@@ -246,7 +251,9 @@ def _lines(standing: Standing, now: float) -> Iterator[tuple[str, str]]:
 def _hold_line(hold: Hold, since: float | None, now: float) -> str:
     from rksp_core.orders import timestamp
 
-    what = "the policy gives no orders" if hold.levers is None else f"ordered is {_levers_line(hold.levers)}"
+    what = "the policy gives no orders"
+    if hold.levers is not None:
+        what = f"ordered is {_levers_line(hold.levers)}{_back(hold.rollback_to)}"
     end = (
         "until it is released"
         if hold.until is None
@@ -277,7 +284,12 @@ def _order_line(standing: Standing, now: float) -> str:
         "its time is over: KSS is off" if standing.expired(now) else "",
         "" if standing.delivered else "the control folder has not got it yet",
     ]
-    return "; ".join([f"{order.generation}{age}: {_levers_line(order.levers)}", *filter(None, notes)])
+    asked = f"{_levers_line(order.levers)}{_back(order.rollback_to)}"
+    return "; ".join([f"{order.generation}{age}: {asked}", *filter(None, notes)])
+
+
+def _back(step: int | None) -> str:
+    return "" if step is None else f", back to the checkpoint at or before step {step}"
 
 
 def _answer_line(standing: Standing, now: float) -> str:

@@ -22,6 +22,7 @@ from rksp_core.policy import (
     Policy,
     PolicyState,
     Rule,
+    Rung,
     Series,
     decide,
     decree,
@@ -39,7 +40,7 @@ PLAIN = Policy(
     clear_after=3,
     cooldown_steps=0,
     expires_in=None,
-    ladder={0: Levers(), 2: ON, 3: STRONG},
+    ladder={0: Rung(), 2: Rung(0.1), 3: Rung(0.2)},
 )
 
 
@@ -117,8 +118,8 @@ def test_off_needs_no_renewal():
 
 
 def test_a_level_that_is_not_listed_takes_the_next_lower_one():
-    policy = Policy(ladder={1: ON})
-    assert [policy.levers(level) for level in range(4)] == [Levers(), ON, ON, ON]
+    policy = Policy(ladder={1: Rung(0.1)})
+    assert [policy.rung(level).levers for level in range(4)] == [Levers(), ON, ON, ON]
 
 
 def test_a_late_event_changes_nothing():
@@ -320,7 +321,7 @@ def test_what_a_hold_orders_ends_with_it_and_is_not_repeated_until_the_hold_is_l
 
 def test_without_a_hold_nothing_is_decreed():
     state, _ = decide(PolicyState(), Evidence(Drift(10, {"loss": 2.0})), QUICK)
-    later = dataclasses.replace(QUICK, ladder={2: STRONG}, expires_in=1.0)
+    later = dataclasses.replace(QUICK, ladder={2: Rung(0.2)}, expires_in=1.0)
     assert decree(state, later, None, 1e6) == (state, None), "an order of the policy needs evidence"
 
 
@@ -400,15 +401,19 @@ def runs(draw: st.DrawFn) -> list[Evidence]:
     kept: list[Evidence] = []
     for n in range(draw(st.integers(1, 25))):
         series, step = draw(st.sampled_from(sorted(drifts))), draw(st.integers(0, 60))
-        state, rewound = drifts[series], False
+        state, rewound, back = drifts[series], False, None
         if state is not None and step <= state.step and draw(st.booleans()):
             rewound = True
             kept = [each for each in kept if each.drift.step < step]
             state = rewind_drift(state, step, [each.drift for each in kept if each.series == series])
+        elif state is not None and state.baseline_step < step and draw(st.booleans()):
+            rewound, back = True, draw(st.integers(state.baseline_step, step - 1))
+            kept = [each for each in kept if each.drift.step <= back]
+            state = rewind_drift(state, back + 1, [each.drift for each in kept if each.series == series])
         loss, mass = draw(st.floats(0.0, 4.0)), draw(st.floats(0.0, 1.0))
         noise = {"near_unit_mass_min": draw(st.floats(0.0, 0.1))}
         drifts[series], drift = measure(state, profile(loss=loss, near_unit_mass=mass, noise=noise), step)
-        evidences.append(Evidence(drift, 10.0 * n + draw(st.floats(0.0, 1.0)), series, rewound))
+        evidences.append(Evidence(drift, 10.0 * n + draw(st.floats(0.0, 1.0)), series, rewound, back))
         kept.append(evidences[-1])
     return evidences
 
@@ -423,6 +428,7 @@ MIXED = dataclasses.replace(
     cooldown_steps=15,
     expires_in=35.0,
     silent_after_steps=20,
+    ladder={0: Rung(), 2: Rung(0.1), 3: Rung(0.2, rollback=True)},
 )
 
 
@@ -432,14 +438,13 @@ def test_a_stored_history_replays_to_the_decisions_that_were_made(evidences: lis
     state, made = PolicyState(), []
     for n, evidence in enumerate(evidences):
         if evidence.rewound:
-            step = evidence.drift.step
             # Of what came before, the ledger has set aside what each going back undid.
             kept: list[Evidence] = []
             for each in evidences[:n]:
                 if each.rewound:
-                    kept = [other for other in kept if other.drift.step < each.drift.step]
+                    kept = [other for other in kept if other.drift.step < each.undone_from]
                 kept.append(each)
-            state = rewind(state, step, MIXED, kept)
+            state = rewind(state, evidence.undone_from, MIXED, kept)
         state, decision = decide(state, evidence, MIXED)
         state = PolicyState.from_dict(json.loads(json.dumps(state.to_dict())))
         made.append(decision)
@@ -495,7 +500,9 @@ def test_a_decision_says_the_numbers_that_made_it():
 
 def test_a_level_may_order_the_learning_rate_alone_and_it_is_renewed_and_cleared():
     slow = Levers(learning_rate_scale=0.5)
-    policy = dataclasses.replace(PLAIN, raise_after=1, clear_after=1, expires_in=10.0, ladder={2: slow})
+    policy = dataclasses.replace(
+        PLAIN, raise_after=1, clear_after=1, expires_in=10.0, ladder={2: Rung(learning_rate_scale=0.5)}
+    )
     orders = [d.order for d in history([2] * 7 + [0], policy)]
     assert orders == [slow, None, None, None, None, None, slow, Levers()]
 
@@ -503,7 +510,7 @@ def test_a_level_may_order_the_learning_rate_alone_and_it_is_renewed_and_cleared
 @pytest.mark.parametrize("ordered", [STRONG, Levers(0.2, variant="hinge", clip=0.5, learning_rate_scale=0.1)])
 def test_the_state_survives_json(ordered: Levers):
     series = {"checkpoint": Series(2, 40, (0, 2, 2)), "profile": Series(0, None, ())}
-    state = PolicyState(2, series, ordered, 2, 40, 17.5, 99.5, held=True)
+    state = PolicyState(2, series, ordered, 2, 40, 17.5, 99.5, True, 3, 30, 2, 40)
     assert PolicyState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
 
 
@@ -543,7 +550,7 @@ def test_a_ledger_of_before_goes_on(document: dict[str, object]):
         (lambda: Rule("r", 1, ()), "would always fire"),
         (lambda: Policy(raise_after=0), "raise_after must be at least 1"),
         (lambda: Policy(expires_in=0.0), "expires_in must be above 0"),
-        (lambda: Policy(ladder={4: ON}), "levels are 0 ok"),
+        (lambda: Policy(ladder={4: Rung()}), "levels are 0 ok"),
         (lambda: Condition("loss", float("nan")), "by must be a finite number, got nan"),
         (lambda: Policy(expires_in=float("nan")), "expires_in must be above 0 seconds .* or null, got nan"),
         (lambda: Policy(expires_in=1e300), "at most 1e.09, or null, got 1e.300"),
@@ -586,3 +593,92 @@ def test_a_loss_that_is_not_finite_is_critical_and_quotes_no_baseline():
     assert decision.level == 3
     assert decision.reason.metric == "not_finite_figures"
     assert decision.reason.baseline is None, "an absolute rule has a threshold and nothing it compares with"
+
+
+BACK = dataclasses.replace(
+    PLAIN,
+    raise_after=1,
+    clear_after=1,
+    ladder={0: Rung(), 2: Rung(0.1, rollback=True), 3: Rung(0.2, rollback=True)},
+)
+
+
+def backs(levels: list[int], policy: Policy = BACK) -> list[tuple[int, int | None]]:
+    """The orders of a history: the step of each, and how far back it sends the trainer."""
+    decisions = history(levels, policy)
+    return [(d.reason.checkpoint_step, d.rollback_to) for d in decisions if d.order is not None]
+
+
+def test_a_rollback_goes_to_the_newest_step_at_which_nothing_was_wrong_once_an_excursion():
+    assert backs([0, 0, 1, 0, 2, 2, 2]) == [(50, 40)]
+    assert backs([0, 0, 1, 1, 2, 2, 2]) == [(50, 20)], "the trouble began with the first event that a rule fired on"
+    assert backs([0, 2, 2, 3, 3]) == [(20, 10), (40, 10)], "it got worse"
+    assert backs([0, 2, 0, 0, 0, 2]) == [(20, 10), (30, None), (60, 50)], "another excursion"
+
+
+def test_without_an_event_in_health_there_is_nowhere_to_go_back_to():
+    assert backs([2, 2, 3]) == [(10, None), (30, None)]
+
+
+def test_a_single_event_that_raises_nothing_is_not_healthy_either():
+    policy = dataclasses.replace(BACK, raise_after=2)
+    assert backs([0, 2, 2], policy) == [(30, 10)]
+
+
+def test_a_renewal_takes_nobody_back_again():
+    policy = dataclasses.replace(BACK, expires_in=4.0)
+    assert backs([0, 2, 2, 2, 2, 2, 2], policy) == [(20, 10), (50, None)]
+
+
+def test_rollbacks_keep_their_distance_while_the_levers_of_a_higher_level_do_not_wait():
+    policy = dataclasses.replace(BACK, cooldown_steps=50)
+    assert backs([0, 2, 3, 3, 3, 3, 3], policy) == [(20, 10), (30, None), (70, 10)]
+
+
+def test_a_trainer_that_went_back_is_healthy_again_and_is_taken_back_when_it_goes_wrong_once_more():
+    policy = dataclasses.replace(BACK, ratchet=True, ladder={3: Rung(learning_rate_scale=0.5, rollback=True)})
+    state, evidences = PolicyState(), []
+    for step, loss in ((10, 0.0), (20, 0.0), (30, 3.0)):
+        evidences.append(Evidence(Drift(step, {"loss": loss}), float(step)))
+        state, decision = decide(state, evidences[-1], policy)
+    assert (decision.order, decision.rollback_to) == (Levers(learning_rate_scale=0.5), 20)
+    state = rewind(state, 11, policy, evidences)
+    assert (state.level, state.healthy_step, state.ordered) == (0, 10, Levers(learning_rate_scale=0.5))
+    made = []
+    for step, loss in ((20, 0.0), (30, 0.0), (40, 3.0)):
+        state, decision = decide(state, Evidence(Drift(step, {"loss": loss}), 100.0 + step), policy)
+        made.append((decision.order, decision.rollback_to))
+    assert made == [(None, None), (None, None), (Levers(learning_rate_scale=0.5), 30)]
+
+
+def test_a_ratchet_gives_way_to_nothing_but_a_higher_level_and_a_person():
+    policy = dataclasses.replace(PLAIN, raise_after=1, clear_after=1, ratchet=True)
+    assert [d.order for d in history([2, 0, 0, 3, 0, 2, 0], policy)] == [ON, None, None, STRONG, None, None, None]
+    state = PolicyState()
+    for step, loss in ((10, 2.0), (20, 0.0)):
+        state, _ = decide(state, Evidence(Drift(step, {"loss": loss}), float(step)), policy)
+    state, decision = decree(state, policy, Hold(Levers()), 30.0)
+    assert decision is not None
+    assert decision.order == Levers()
+    state, decision = decree(state, policy, None, 40.0)
+    assert decision is not None
+    assert decision.order == ON
+
+
+def test_a_person_sends_a_trainer_back_once():
+    hold = Hold(Levers(0.3), by="ann", reason="a look", rollback_to=70)
+    state, decision = decree(PolicyState(), BACK, hold, 1.0, news=True)
+    assert decision is not None
+    assert (decision.order, decision.rollback_to) == (Levers(0.3), 70)
+    assert Decision.from_dict(json.loads(json.dumps(decision.to_dict()))) == decision
+    assert decree(state, BACK, hold, 2.0) == (state, None)
+    _, again = decree(state, BACK, dataclasses.replace(hold, rollback_to=60), 3.0, news=True)
+    assert again is not None
+    assert (again.order, again.rollback_to) == (Levers(0.3), 60)
+
+
+@pytest.mark.parametrize("bad", [{"rollback_to": -1}, {"rollback_to": "10"}, {"rollback_to": 5, "levers": None}])
+def test_a_hold_that_goes_nowhere_is_refused(bad: dict):
+    document = Hold(Levers(), rollback_to=3).to_dict() | bad
+    with pytest.raises(ControlError, match="the document is no hold"):
+        Hold.from_dict(document)

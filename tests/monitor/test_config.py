@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rksp_core.errors import ConfigError
-from rksp_core.orders import Levers
+from rksp_core.policy import Rung
 from rksp_monitor.cli import run
 from rksp_monitor.config import Every, RunSettings, WatchSettings, read_settings
 from rksp_monitor.run import describe_run
@@ -65,7 +65,7 @@ policy:
     - {name: r, level: 1, all: [{metric: log_kreiss_mean, against: baseline, direction: rises, by: 2}]}
 """
     policy = read_settings(written(tmp_path, text)).policy
-    assert policy.ladder == {1: Levers(alpha=0.05)}
+    assert policy.ladder == {1: Rung(alpha=0.05)}
     assert policy.rules[0].all[0].against == "baseline"
     assert policy.clear_after == 5
 

@@ -77,6 +77,17 @@ class TestHold:
         assert "ordered is KSS 0.2 (every 5 steps on 1 of the layers, gamma 0.3, hinge), learning-rate scale 0.5" in out
         assert "reject" not in err
 
+    def test_a_person_may_send_the_trainer_back(self, folder: Path, capsys: pytest.CaptureFixture[str]):
+        flags = ["--alpha", "0", "--learning-rate-scale", "0.5", "--rollback-to", "300", "--reason", "r"]
+        out = control("set", folder, *flags, capsys=capsys)[0]
+        assert hold_of(folder).rollback_to == 300
+        assert "learning-rate scale 0.5, back to the checkpoint at or before step 300, until it is released" in out
+        trainer = yaml.safe_load((folder / "config.yaml").read_text())
+        trainer["control"]["limits"]["rollbacks"] = 0
+        (folder / "config.yaml").write_text(yaml.safe_dump(trainer))
+        err = control("set", folder, *flags, capsys=capsys, code=2)[1]
+        assert "the order asks to go back, this trainer never does (limits.rollbacks)" in err
+
     def test_what_is_left_out_is_the_trainers_own(self, folder: Path, capsys: pytest.CaptureFixture[str]):
         assert (
             "KSS off, and all else the trainer's own"

@@ -227,7 +227,7 @@ def test_the_order_of_judging_holds_though_the_clock_steps_back(ledger: Ledger, 
         ledger.finish(event, Outcome({}, {"step": step}, {}), {})
         clock.now -= 500
     later = Event(9, "checkpoint", 3, "", Path(), "", "ready", 0, "", 0.0)
-    assert [one["step"] for one in ledger.evidence_before(later)] == [2, 1]
+    assert [one["step"] for one in ledger.evidence_before(later.step)] == [2, 1]
 
 
 def test_a_ledger_of_the_first_version_is_brought_up_and_keeps_what_it_holds(tmp_path: Path):

@@ -61,6 +61,7 @@ CONTRACT = (
 BESIDE = (
     "rksp_wasserstein_drift",
     "rksp_control_acknowledgement_overdue",
+    "rksp_control_rollbacks_total",
     "rksp_control_held",
     "rksp_run_suspended",
     "rksp_run_last_scan_timestamp_seconds",

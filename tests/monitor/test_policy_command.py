@@ -10,7 +10,7 @@ import pytest
 
 from rksp_core.drift import DriftState, measure
 from rksp_core.orders import Levers
-from rksp_core.policy import Evidence, Hold, Policy, PolicyState, Rule, decide, replay_decisions
+from rksp_core.policy import Evidence, Hold, Policy, PolicyState, Rule, Rung, decide, replay_decisions
 from rksp_monitor.cli import run
 from rksp_monitor.config import read_policy
 from rksp_monitor.discovery import Sighting
@@ -66,7 +66,7 @@ def test_a_stricter_policy_says_where_it_differs(folder: Path, tmp_path: Path, c
     path.write_text("ladder: {1: {alpha: 0.05, clip: 1.0}}\nclear_after: 1\n")
     document = json.loads(replayed(folder, "--policy", path, "--format", "json", capsys=capsys))
     assert document["schema"] == "rksp.policy-replay/1"
-    policy = dataclasses.replace(Policy(), clear_after=1, ladder={1: Levers(alpha=0.05, clip=1.0)})
+    policy = dataclasses.replace(Policy(), clear_after=1, ladder={1: Rung(alpha=0.05, clip=1.0)})
     assert read_policy(path) == policy
     history = list(read_history(folder).rows())
     again = replay_decisions([Evidence.from_dict(row.evidence) for row in history], policy)

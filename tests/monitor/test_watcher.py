@@ -768,3 +768,73 @@ def test_the_back_off_of_a_checkpoint_that_is_tried_for_ever_stays_bounded(
     bench.run(FakeReplayer({100: [CorruptCheckpoint("bad"), profile()]}), replay={"attempts": 10_000})
     assert [log["seconds"] for log in bench.logs if log["event"] == "retry"] == [300]
     assert bench.statuses() == {100: "done"}
+
+
+RESCUE = {"cooldown_steps": 20, "ratchet": True, "ladder": {3: {"learning_rate_scale": 0.5, "rollback": True}}}
+
+
+def rescued(bench: Bench, reached: int | None = 80, **settings: Any) -> None:
+    """A run whose loss blows up at step 107, between two profiles, and a trainer that goes back as it is told."""
+    bench.healthy(100)
+    bench.writer.write(profile(loss=99.0), 107, loss=99.0)
+    bench.run(policy=RESCUE, **settings)
+    if "rollback_to" not in desired(bench):
+        return
+    trainer = ControlListener(
+        bench.folder / "control", "run", Limits(learning_rate_scale=(0.1, 1.0)), clock=bench.clock
+    )
+    trainer.acknowledge(trainer.poll(106), 106, message="", rolled_back_to=reached)
+    for path in (bench.folder / "profiles").iterdir():
+        if reached is not None and int(path.stem[5:]) > reached:
+            path.unlink()
+
+
+def test_a_run_is_sent_back_to_before_its_trouble_and_followed_there(bench: Bench):
+    rescued(bench, enforce=True)
+    order = desired(bench)
+    assert (order["schema"], order["rollback_to"], order["learning_rate_scale"]) == ("rksp.control/3", 100, 0.5)
+    assert [told["rollback_to"] for event, told in bench.told if event == "order"] == [100]
+    bench.healthy(150, since=90, loss=1.9)
+    bench.run(enforce=True, policy=RESCUE)
+    assert [(log["step"], log["generation"]) for log in bench.logs if log["event"] == "rolled back"] == [(80, 1)]
+    families = {family.name: family for family in bench.board.families()}
+    assert families["rksp_control_rollbacks"].samples[0].value == 1
+    assert (bench.gauge("rksp_risk_level"), bench.gauge("rksp_checkpoint_last_processed_step")) == (0, 150)
+    assert desired(bench) == order, "the lower rate stays, though the level has fallen"
+    bench.run(enforce=True, policy=RESCUE)
+    assert len([log for log in bench.logs if log["event"] == "rolled back"]) == 1
+
+
+def test_what_a_trainer_undid_is_set_aside_and_the_history_replays(bench: Bench):
+    rescued(bench, enforce=True)
+    bench.healthy(120, since=90, loss=1.9)
+    bench.writer.write(profile(loss=99.0), 125, loss=99.0)
+    bench.run(enforce=True, policy=RESCUE)
+    assert (desired(bench)["generation"], desired(bench)["rollback_to"]) == (2, 120), "another excursion"
+    rows = [row for row in read_history(bench.described.ledger).rows(Selection(set_aside=True))]
+    assert [row.step for row in rows if row.set_aside] == [90, 100, 107]
+    evidences = [Evidence.from_dict(row.evidence) for row in rows]
+    assert [evidence.back_to for evidence in evidences if evidence.rewound] == [80]
+    assert replay_decisions(evidences, RunSettings(policy=RESCUE).policy) == [
+        Decision.from_dict(row.decision) for row in rows
+    ]
+
+
+def test_a_trainer_that_could_not_go_back_goes_on_at_its_level(bench: Bench):
+    rescued(bench, reached=None, enforce=True)
+    bench.writer.write(profile(loss=99.0), 110, loss=99.0)
+    bench.run(enforce=True, policy=RESCUE)
+    assert bench.gauge("rksp_risk_level") == 3
+    assert desired(bench)["generation"] == 1
+    answers = [told for event, told in bench.told if event == "answer"]
+    assert [answer["rolled_back_to"] for answer in answers] == [None]
+
+
+def test_a_person_sends_a_run_back_once(bench: Bench):
+    bench.healthy(100)
+    bench.run(enforce=True)
+    hold = Hold(Levers(learning_rate_scale=0.5), by="ann", reason="a spike", rollback_to=60)
+    write_hold(hold_file(bench.described.ledger), hold, bench.now)
+    for _ in range(2):
+        bench.run(enforce=True)
+        assert (desired(bench)["generation"], desired(bench)["rollback_to"]) == (1, 60)
