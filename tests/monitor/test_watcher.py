@@ -811,7 +811,7 @@ def test_what_a_trainer_undid_is_set_aside_and_the_history_replays(bench: Bench)
     bench.writer.write(profile(loss=99.0), 125, loss=99.0)
     bench.run(enforce=True, policy=RESCUE)
     assert (desired(bench)["generation"], desired(bench)["rollback_to"]) == (2, 120), "another excursion"
-    rows = [row for row in read_history(bench.described.ledger).rows(Selection(set_aside=True))]
+    rows = list(read_history(bench.described.ledger).rows(Selection(set_aside=True)))
     assert [row.step for row in rows if row.set_aside] == [90, 100, 107]
     evidences = [Evidence.from_dict(row.evidence) for row in rows]
     assert [evidence.back_to for evidence in evidences if evidence.rewound] == [80]
