@@ -9,7 +9,7 @@ import pytest
 
 from rksp_core.errors import ConfigError
 from training.experiments.paper import __main__ as command
-from training.experiments.paper import contents, runs
+from training.experiments.paper import contents, overhead, runs
 from training.experiments.paper.page import markdown, page
 from training.experiments.paper.section import Section, read_section, said, same, write_section
 from training.experiments.plan import PlannedRun, plan
@@ -198,6 +198,14 @@ def test_arms_stand_beside_doing_nothing() -> None:
     sixth = contents.chapter("table_06").section()
     assert cells(sixth, "L2 on residuals")["same sign"] == "-"  # as many as without
     assert sixth.rows[-1][2].endswith("n = 6 arms")
+
+
+def test_an_arm_is_timed_beside_doing_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ARMS": ("SAM 0.05",), "PAIRS": 2, "STEPS": 1, "FILE": tmp_path / "overhead.json"}.items():
+        monkeypatch.setattr(overhead, name, value)
+    assert overhead.read() == {}
+    assert overhead.main() == 0
+    assert overhead.read()["SAM 0.05"].endswith("n = 2 pairs")
 
 
 @pytest.mark.usefixtures("kept_apart")

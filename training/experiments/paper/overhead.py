@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def read() -> dict[str, str]:
-    """Return the overhead of each arm that was timed, such as ``12.3 % [11.0, 13.6], n = 12``."""
+    """Return the overhead of each arm that was timed, in percent, such as ``12.3 [11.0, 13.6], n = 12 pairs``."""
     return dict(json.loads(FILE.read_text(encoding="utf-8"))) if FILE.exists() else {}
 
 

@@ -22,14 +22,14 @@ HEADER = (
     "accuracy %, ours",
     "near-unit mass, the paper",
     "near-unit mass, ours",
-    "overhead, the paper",
-    "overhead, ours",
+    "overhead %, the paper",
+    "overhead %, ours",
 )
 ALPHA = 0.05
 
 
 class Published(NamedTuple):
-    """A row of the paper: diverged and accuracy in percent, near-unit mass, overhead; None: not in that table."""
+    """A row of the paper: diverged and accuracy in percent, near-unit mass, overhead in percent; None: not told."""
 
     diverged: float
     accuracy: float
@@ -47,16 +47,18 @@ def setting() -> str:
     )
 
 
-def found() -> dict[str, list[Record]]:
-    """Return the runs of each arm; at half the rate, those at .005 are runs of doing nothing."""
+def found(*beside: str) -> dict[str, list[Record]]:
+    """Return the runs of each arm, and of other sweeps in this setting; at half the rate, those at .005 are of "none"."""
     runs = arms(SPEC)
+    for spec in beside:
+        runs |= arms(spec)
     shared = [record for record in runs.get(NONE, []) if record["configuration"]["optimizer.learning_rate"] == 0.005]
     return runs | {HALF: runs.get(HALF, []) + shared}
 
 
-def rows(published: Mapping[str, Published | None]) -> tuple[tuple[str, ...], ...]:
+def rows(published: Mapping[str, Published | None], *beside: str) -> tuple[tuple[str, ...], ...]:
     """Return a row for each arm; None: the paper has no such arm."""
-    runs, costs = found(), overhead.read()
+    runs, costs = found(*beside), overhead.read()
     nothing, theirs = diverged(runs.get(NONE, [])), PUBLISHED_NONE
     return tuple(_row(name, each, runs.get(name, []), nothing, theirs, costs) for name, each in published.items())
 
@@ -92,9 +94,9 @@ def _row(
     )
 
 
-def told_apart(names: Mapping[str, object]) -> str:
+def told_apart(names: Mapping[str, object], *beside: str) -> str:
     """Return which arms diverged less or more often than doing nothing, as far as Fisher's test can tell."""
-    runs = found()
+    runs = found(*beside)
     nothing = diverged(runs.get(NONE, []))
     shares = {name: diverged(runs.get(name, [])) for name in names if name != NONE}
     apart = {name: share for name, share in shares.items() if share.runs and fisher(share, nothing) < ALPHA}

@@ -16,11 +16,11 @@ SPECS = (stabilizers.SPEC,)
 
 PUBLISHED = {
     "none": Published(66.7, 28.5, 0.85),
-    "clip 0.5": Published(50.0, 32.1, 0.82, "< 1 %"),
-    "clip 1.0": Published(58.3, 30.8, 0.83, "< 1 %"),
-    "KSS 0.10": Published(25.0, 42.3, 0.68, "9.5 %"),
-    "KSS 0.15": Published(12.5, 48.2, 0.58, "10.8 %"),
-    "KSS 0.20": Published(8.3, 46.5, 0.52, "11.2 %"),
+    "clip 0.5": Published(50.0, 32.1, 0.82, "< 1"),
+    "clip 1.0": Published(58.3, 30.8, 0.83, "< 1"),
+    "KSS 0.10": Published(25.0, 42.3, 0.68, "9.5"),
+    "KSS 0.15": Published(12.5, 48.2, 0.58, "10.8"),
+    "KSS 0.20": Published(8.3, 46.5, 0.52, "11.2"),
     "half the rate": None,
 }
 

@@ -15,14 +15,14 @@ SPECS = (stabilizers.SPEC,)
 
 PUBLISHED = {
     "none": Published(66.7, 28.5, 0.85),
-    "spectral norm": Published(41.7, 35.2, None, "5.2 %"),
-    "weight norm": Published(54.2, 32.8, None, "3.8 %"),
-    "gradient penalty 0.1": Published(45.8, 33.1, None, "6.4 %"),
-    "SAM 0.05": Published(37.5, 38.6, None, "100 %"),
-    "SAM 0.10": Published(33.3, 40.2, None, "100 %"),
-    "Lion": Published(45.8, 36.5, None, "15 %"),
-    "KSS 0.15": Published(12.5, 48.2, 0.58, "10.8 %"),
-    "KSS 0.15 + SAM 0.05": Published(8.3, 45.8, None, "112 %"),
+    "spectral norm": Published(41.7, 35.2, None, "5.2"),
+    "weight norm": Published(54.2, 32.8, None, "3.8"),
+    "gradient penalty 0.1": Published(45.8, 33.1, None, "6.4"),
+    "SAM 0.05": Published(37.5, 38.6, None, "100"),
+    "SAM 0.10": Published(33.3, 40.2, None, "100"),
+    "Lion": Published(45.8, 36.5, None, "15"),
+    "KSS 0.15": Published(12.5, 48.2, 0.58, "10.8"),
+    "KSS 0.15 + SAM 0.05": Published(8.3, 45.8, None, "112"),
 }
 
 
