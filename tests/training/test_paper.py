@@ -39,7 +39,7 @@ def test_each_chapter_says_what_it_is(name: str) -> None:
     assert one.TITLE
     assert isinstance(one.CHEAP, bool)
     for spec in one.SPECS:
-        assert contents.runs_of(spec) in SPECS
+        assert contents.spec_of(spec) in SPECS
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
@@ -146,7 +146,7 @@ def test_runs_are_made_kept_and_grouped(tiny: str, tmp_path: Path, capsys: pytes
 
 def made_up(spec: str, diverges: Callable[[PlannedRun], bool]) -> None:
     """Keep a record of every planned run of a shipped spec; who diverges does so at step 50, with loss 4 before."""
-    planned = plan(read_spec(contents.runs_of(spec)))
+    planned = plan(read_spec(contents.spec_of(spec)))
     records = []
     for run in planned:
         gone = diverges(run)

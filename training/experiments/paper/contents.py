@@ -63,11 +63,11 @@ def missing(name: str) -> list[str]:
 
 
 def command(name: str) -> str:
-    """Return what computes a table or figure, its runs included."""
-    return f"python -m training.experiments.paper {name}{' --run' if missing(name) else ''}"
+    """Return what computes a table or figure, and makes those of its runs that are left."""
+    return f"python -m training.experiments.paper {name}{' --run' if chapter(name).SPECS else ''}"
 
 
-def runs_of(spec: str) -> Path:
+def spec_of(spec: str) -> Path:
     """Return the spec of a sweep.
 
     Raises

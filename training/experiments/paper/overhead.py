@@ -16,7 +16,7 @@ from rich.progress import track
 
 from rksp_core.atomic import write_atomic
 from rksp_core.errors import RkspError
-from training.experiments.paper.contents import DATA, runs_of
+from training.experiments.paper.contents import DATA, spec_of
 from training.experiments.paper.runs import mean
 from training.experiments.plan import PlannedRun, plan
 from training.experiments.spec import Spec, read_spec
@@ -42,7 +42,7 @@ ARMS = (
 
 def main() -> int:
     """Time all arms and keep what was found."""
-    spec = read_spec(runs_of(SPEC))
+    spec = read_spec(spec_of(SPEC))
     first = {run.group: run for run in plan(spec)}
     torch.set_num_threads(1)
     try:

@@ -16,7 +16,7 @@ from scipy import stats
 from rksp_core.atomic import write_atomic
 from rksp_core.errors import ConfigError
 from training.experiments import sweep
-from training.experiments.paper.contents import ROOT, records_of, runs_of
+from training.experiments.paper.contents import ROOT, records_of, spec_of
 from training.experiments.plan import plan
 from training.experiments.record import PACKED, Record, compact, read_records
 from training.experiments.spec import read_spec
@@ -39,7 +39,7 @@ def make_runs(spec: str, jobs: int, time_limit: float | None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(kept, folder / PACKED)  # so that a sweep goes on elsewhere
     limit = [] if time_limit is None else ["--time-limit", str(time_limit)]
-    code = sweep.main([str(runs_of(spec)), "--folder", str(folder), "--jobs", str(jobs), *limit])
+    code = sweep.main([str(spec_of(spec)), "--folder", str(folder), "--jobs", str(jobs), *limit])
     if (folder / PACKED).exists():
         keep(spec, list(read_records(folder / PACKED)))
     return code
@@ -81,16 +81,16 @@ def arms(spec: str) -> dict[str, list[Record]]:
         When no run is kept.
     """
     if not records_of(spec).exists():
-        raise ConfigError(f"no run of {runs_of(spec)} is kept; make them: add --run")
+        raise ConfigError(f"no run of {spec_of(spec)} is kept; make them: add --run")
     found: dict[str, list[Record]] = defaultdict(list)
     for record in read_records(records_of(spec)):
         found[record["group"]].append(record)
-    return {group.name: found[group.name] for group in read_spec(runs_of(spec)).groups if found[group.name]}
+    return {group.name: found[group.name] for group in read_spec(spec_of(spec)).groups if found[group.name]}
 
 
 def progress(spec: str) -> str:
     """Return how many of the planned runs are made, such as "144 runs" or "90 of 144 runs so far"."""
-    made, planned = sum(map(len, arms(spec).values())), len(plan(read_spec(runs_of(spec))))
+    made, planned = sum(map(len, arms(spec).values())), len(plan(read_spec(spec_of(spec))))
     return f"{planned} runs" if made == planned else f"{made} of {planned} runs so far"
 
 
