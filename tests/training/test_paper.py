@@ -6,15 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from rksp_core import profile_model
 from rksp_core.errors import ConfigError
 from training.experiments.paper import __main__ as command
-from training.experiments.paper import contents, overhead, runs
+from training.experiments.paper import contents, overhead, runs, table_01
 from training.experiments.paper.page import markdown, page
 from training.experiments.paper.section import Section, read_section, said, same, write_section
 from training.experiments.plan import PlannedRun, plan
 from training.experiments.record import PACKED, SCHEMA
 from training.experiments.spec import read_spec
+from training.models.gpt import GPT
+from training.tasks import PROBE
+from training.tasks.associative_recall import AssociativeRecall
 
 PAGE = contents.ROOT / "docs" / "paper.md"
 SPECS = sorted(contents.SPECS.glob("*.yaml"))
@@ -198,6 +203,40 @@ def test_arms_stand_beside_doing_nothing() -> None:
     sixth = contents.chapter("table_06").section()
     assert cells(sixth, "L2 on residuals")["same sign"] == "-"  # as many as without
     assert sixth.rows[-1][2].endswith("n = 6 arms")
+
+
+def test_spectra_at_initialization_are_those_of_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WIDTH": 32, "DEPTH": 2, "SEQUENCES": 8, "SEEDS": (5,)}.items():
+        monkeypatch.setattr(table_01, name, value)
+    torch.manual_seed(5)
+    model = GPT(256, 64, width=32, depth=2, heads=4, norm="no_norm", initialization="gpt2_unscaled")
+    probe = AssociativeRecall(256, 64, 4, 5).batch(PROBE, 0, 8).inputs
+    for mode in ("relative", "absolute"):
+        summary = profile_model(model, probe, eps_mode=mode).summary
+        wanted = [summary[name]["mean"] for name in ("near_unit_mass", "expansive_mass", "spectral_radius")]
+        found = table_01.spectra_of("no_norm", "gpt2_unscaled", mode)
+        assert [each.value for each in found] == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.usefixtures("kept_apart")
+def test_norms_stand_beside_pre_ln(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spectra are the paper's own; No-Norm diverges, and so does nothing else."""
+
+    def spectra(norm: str, initialization: str, _: str) -> tuple[runs.Mean, ...]:
+        figures = {"literal": (1.0, 0, 0) if norm == "no_norm" else (0.83, 0, 0), "normal": table_01.PUBLISHED[norm][1]}
+        value = figures["literal" if initialization == "published" else "normal"]
+        if norm in ("deepnorm", "subln") and initialization != "published":
+            value = (value[0] + (norm == "deepnorm"), value[1], 9.0)
+        return tuple(runs.Mean(each, each, each, 3) for each in value)
+
+    monkeypatch.setattr(table_01, "spectra_of", spectra)
+    made_up("norms_recall", lambda run: run.group == "No-Norm")
+    found = table_01.section()
+    assert cells(found, "No-Norm")["diverged, ours"] == "6 of 6: 100 % [61, 100]"
+    assert cells(found, "No-Norm")["same sign"] == "yes"
+    assert cells(found, "Post-LN")["same sign"] == "yes"  # no more than Pre-LN, as in the paper
+    assert cells(found, "No-Norm")["near-unit mass against Pre-LN, same sign (normal, literal)"] == "yes, yes"
+    assert "with one 0 of 30: 0 % [0, 11]" in found.sentence
 
 
 def test_an_arm_is_timed_beside_doing_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

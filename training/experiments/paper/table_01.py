@@ -28,6 +28,7 @@ CHEAP = True
 SPECS = ("norms_recall",)
 
 VOCABULARY, LENGTH, PAIRS, SEQUENCES = 256, 64, 4, 32
+WIDTH, DEPTH, HEADS = 256, 6, 4
 SEEDS = (31960, 31961, 31962)
 READINGS: dict[str, tuple[str, EpsMode]] = {
     "normal": ("gpt2_unscaled", "relative"),
@@ -88,7 +89,7 @@ def _layers(norm: str, initialization: str, eps_mode: EpsMode, seed: int) -> tup
     """Return the means over the layers for one model and one probe, both functions of the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = GPT(VOCABULARY, LENGTH, width=256, depth=6, heads=4, norm=norm, initialization=initialization)
+        model = GPT(VOCABULARY, LENGTH, WIDTH, DEPTH, HEADS, norm, initialization)
     probe = AssociativeRecall(VOCABULARY, LENGTH, PAIRS, seed).batch(PROBE, 0, SEQUENCES).inputs
     layers = []
     for _, moments in capture(model, probe):
