@@ -17,6 +17,7 @@ from rksp_core.lookahead import look_ahead
 from rksp_core.profile import SUMMARY_FIELDS, ModelProfile
 from rksp_core.wasserstein import Curves, distances
 from training.config import Config
+from training.experiments.faults import Faulty
 from training.experiments.onset import onset
 from training.experiments.plan import PlannedRun, configuration
 from training.experiments.record import SCHEMA, Record, compact, compact_all
@@ -65,12 +66,13 @@ def carry_out(spec: Spec, planned: PlannedRun, device: str) -> Record:
     chosen = choose_device(device)
     config = planned.config(spec, device)
     run = build_run(config, Ranks(0, 1, chosen))
+    faults = [] if planned.fault is None else [Faulty(run, planned.fault)]
     trace = Trace(run, spec.measure)
     trace.after(run, None)
     curves = {} if trace.first is None else figures(trace.first).curves
     ahead = [_look_ahead(trace, curves, count) for count in spec.measure.look_ahead]
     before = trace.seconds
-    seconds = drive(run, [trace], begun=True)
+    seconds = drive(run, [trace, *faults], begun=True)
     result = conclude(run, seconds=seconds)
     diverged_at = run.labels.rksp
     chance = chance_loss(config)
@@ -81,8 +83,8 @@ def carry_out(spec: Spec, planned: PlannedRun, device: str) -> Record:
         "group": planned.group,
         "part": planned.part,
         "seed": planned.seed,
-        "configuration": configuration(config),
-        "environment": _environment(chosen),
+        "configuration": configuration(config, planned.fault),
+        "environment": environment(chosen),
         "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
         "chance_loss": compact(chance),
         "initial": _initial(trace.first),
@@ -150,7 +152,8 @@ def _initial(profile: ModelProfile | None) -> dict[str, Any]:
     return {"features": compact_all(figures(profile).numbers), "layers": layers}
 
 
-def _environment(device: torch.device) -> dict[str, str]:
+def environment(device: torch.device) -> dict[str, str]:
+    """Return what a record says about where its run was made."""
     return {
         "device": str(device),
         "python": platform.python_version(),

@@ -20,6 +20,7 @@ import numpy as np
 from rksp_core.atomic import write_atomic
 from rksp_core.errors import ConfigError
 from training.config import Config, parse_config
+from training.experiments.faults import PREFIX, Fault, fault_of
 from training.experiments.spec import PARTS, Draw, Group, Part, Spec
 from training.run_folder import flat
 
@@ -43,10 +44,16 @@ class PlannedRun:
         """Return the trainer's configuration of this run; nothing is ever written below its ``output``."""
         return _config(spec, self.group, {**self.settings, "seed": self.seed, "device": device})
 
+    @property
+    def fault(self) -> Fault | None:
+        """What goes wrong in it on purpose."""
+        return fault_of(self.settings)
 
-def configuration(config: Config) -> dict[str, Any]:
+
+def configuration(config: Config, fault: Fault | None = None) -> dict[str, Any]:
     """Return what tells two configurations apart, by dotted key, every default filled in."""
-    return flat(config.model_dump(mode="json", exclude=_FREE))
+    found = flat(config.model_dump(mode="json", exclude=_FREE))
+    return found if fault is None else found | flat({"fault": fault.model_dump(mode="json")})
 
 
 def plan(spec: Spec) -> list[PlannedRun]:
@@ -65,7 +72,7 @@ def plan(spec: Spec) -> list[PlannedRun]:
     strata: dict[str, list[str]] = defaultdict(list)
     for group in spec.groups:
         for settings in _draws(spec, group):
-            content = configuration(_config(spec, group.name, settings))
+            content = configuration(_config(spec, group.name, settings), fault_of(settings))
             digest = _sha256(content)
             if digest in found:
                 raise ConfigError(
@@ -119,6 +126,8 @@ def _config(spec: Spec, group: str, settings: Mapping[str, Any]) -> Config:
     document = json.loads(json.dumps(spec.base)) | {"run_id": spec.name, "output": "nowhere"}
     document["threads"] = 1
     for key, value in settings.items():
+        if key.startswith(PREFIX):
+            continue
         *folders, name = key.split(".")
         place = document
         for folder in folders:

@@ -1,7 +1,8 @@
 """The record of a run (schema "rksp.run_record/1"), and the folder of a sweep's records.
 
     schema, sweep, key, group, part, seed
-    configuration   {dotted key: value}, every default filled in (`training.experiments.plan.configuration`)
+    configuration   {dotted key: value}, every default filled in (`training.experiments.plan.configuration`); what goes
+                    wrong on purpose below ``fault`` (`training.experiments.faults`)
     environment     device, processor count of the run (1), versions of Python, torch and numpy
     parameters      how many the model has
     chance_loss     of guessing, in nats
@@ -53,11 +54,12 @@ def compact_all(values: Mapping[str, float | None]) -> dict[str, float | None]:
 class Records:
     """The records below a sweep's folder: one file a run in ``records/``, or all in one packed file, or both.
 
-    A packed file can travel where hundreds of small ones cannot, and a sweep goes on from it as well.
+    A packed file can travel where hundreds of small ones cannot, and a sweep goes on from it as well. Another
+    experiment's records have another ``schema``.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._packed = folder / "records", folder / PACKED
+    def __init__(self, folder: Path, schema: str = SCHEMA) -> None:
+        self._folder, self._packed, self._schema = folder / "records", folder / PACKED, schema
 
     def keys(self) -> set[str]:
         """Return the keys of the runs that have a record."""
@@ -89,10 +91,10 @@ class Records:
         yield from (record for record in self._read_packed() if record["key"] not in seen)
 
     def _read_packed(self) -> Iterable[Record]:
-        return read_records(self._packed) if self._packed.exists() else ()
+        return read_records(self._packed, self._schema) if self._packed.exists() else ()
 
 
-def read_records(path: Path) -> Iterator[Record]:
+def read_records(path: Path, schema: str = SCHEMA) -> Iterator[Record]:
     """Yield the records of a packed file, or of a sweep's folder.
 
     Raises
@@ -101,15 +103,15 @@ def read_records(path: Path) -> Iterator[Record]:
         When it cannot be read, or holds something else.
     """
     if path.is_dir():
-        yield from Records(path)
+        yield from Records(path, schema)
         return
     try:
         with gzip.open(path, "rt", encoding="utf-8") as stream:
             for line in stream:
                 record = json.loads(line)
-                if record.get("schema") != SCHEMA:
+                if record.get("schema") != schema:
                     raise ConfigError(
-                        f"{path} holds {record.get('schema')!r}, expected {SCHEMA!r}; give a sweep's records"
+                        f"{path} holds {record.get('schema')!r}, expected {schema!r}; give a sweep's records"
                     )
                 yield record
     except (OSError, EOFError, ValueError) as error:
