@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from rksp_core.launch import Launch
 from rksp_monitor.baselines import STEPS
 
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
     from rksp_core.risk_model import Risk, RiskModel, SafeRate
     from rksp_monitor.preflight import Settings
 
-SPAN, TRIED = 32.0, 11  # rates from 1/32 of the planned one to 32 times, a factor of 2 apart to begin with
+TRIED = tuple(3.0**power for power in range(-3, 4))  # times the planned rate, to begin with
 
 NO_MODEL = (
     "no risk model was asked (--risk-model none, or other --look-ahead-steps than it was calibrated on): what the "
@@ -55,7 +53,7 @@ def suggest(settings: Settings, launch_at: Callable[[float], Launch]) -> SafeRat
     """Return the learning rate at which the first of the risks crosses the threshold, around the planned one."""
     if not settings.risk_models or settings.threshold is None or settings.learning_rate is None:
         raise ValueError("a rate is suggested by a risk model, for a threshold, around a planned rate")
-    rates = [float(rate) for rate in settings.learning_rate * np.geomspace(1 / SPAN, SPAN, TRIED)]
+    rates = [settings.learning_rate * times for times in TRIED]
     launches = cache(launch_at)  # the models begin with the same rates
     found = [model.safe_rate(launches, rates, settings.threshold) for model in settings.risk_models]
     return min(found, key=_smallest)

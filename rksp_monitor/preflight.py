@@ -155,6 +155,8 @@ def preflight(
     if settings.threshold is not None and risks and all(risk.probability is not None for risk in risks):
 
         def launch_at(rate: float) -> Launch:
+            if launch is not None and rate == settings.learning_rate:
+                return launch
             at_rate = dataclasses.replace(settings, learning_rate=rate)
             with memory_limit(device):
                 taken = take_look_ahead(model, module, batch, at_rate, None, progress)
