@@ -229,6 +229,8 @@ class Policy:
     or the trainer's own profiles) whose newest step lies more than ``silent_after_steps`` behind the run's newest one
     has fallen silent: its level does not count until it is heard again. None: it always counts. With ``ratchet`` no
     order is taken back when the level falls, as it does when a trainer goes back: only a higher level asks for another.
+    ``rollback_margin``: how many steps before its last healthy event the run is trusted again, as trouble is older than
+    its signs.
     """
 
     rules: tuple[Rule, ...] = DEFAULT_RULES
@@ -239,10 +241,17 @@ class Policy:
     # Checkpoints are often 500-5000 steps apart: one series must not lose its word between two of its own events.
     silent_after_steps: int | None = 5000
     ratchet: bool = False
+    rollback_margin: int = 0
     ladder: Mapping[int, Rung] = field(default_factory=lambda: dict(DEFAULT_LADDER))
 
     def __post_init__(self) -> None:
-        for name, least in (("raise_after", 1), ("clear_after", 1), ("cooldown_steps", 0), ("silent_after_steps", 1)):
+        for name, least in (
+            ("raise_after", 1),
+            ("clear_after", 1),
+            ("cooldown_steps", 0),
+            ("silent_after_steps", 1),
+            ("rollback_margin", 0),
+        ):
             value = getattr(self, name)
             endless = name == "silent_after_steps" and value is None
             if not endless and (not is_whole(value) or value < least):
@@ -595,7 +604,7 @@ def _rollback(state: PolicyState, policy: Policy) -> int | None:
         return None
     if state.back_step is not None and (state.step or 0) - state.back_step < policy.cooldown_steps:
         return None
-    return state.healthy_step
+    return None if state.healthy_step is None else max(0, state.healthy_step - policy.rollback_margin)
 
 
 def _order(

@@ -63,7 +63,7 @@ def train(
             run.rollbacks = read_rollbacks(config)
             run.follower.rollbacks = len(run.rollbacks)
         say(f"resumed from step {run.step}")
-    seconds = drive(run, _observers(run, others, say), begun=checkpoint is not None, until=until, stop=stop, say=say)
+    seconds = drive(run, usual(run, others, say), begun=checkpoint is not None, until=until, stop=stop, say=say)
     result = conclude(run, seconds=seconds)
     if ranks.first:
         write_atomic(Path(config.output) / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
@@ -148,8 +148,11 @@ def conclude(run: Run, *, seconds: float) -> dict[str, Any]:
     }
 
 
-def _observers(run: Run, others: list[Observer], say: Say) -> list[Observer]:
-    """Return what acts after each step; the checkpoint comes last: what it stands for is on disk by then."""
+def usual(run: Run, others: Sequence[Observer] = (), say: Say = lambda _: None) -> list[Observer]:
+    """Return what acts after each step of a run that has a folder, with others among it.
+
+    The checkpoint comes last: what it stands for is on disk by then.
+    """
     probe = run.task.batch(PROBE, 0, run.config.profile.sequences).inputs
     together: list[Observer] = [Profiles(run, run.to_model(probe), say), Checkpoints(run)]
     if not run.ranks.first:

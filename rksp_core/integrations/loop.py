@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rksp_core.batch import Batch
 from rksp_core.errors import ConfigError
-from rksp_core.follower import ControlFollower
+from rksp_core.follower import ControlFollower, Rollback
 from rksp_core.kss import KSSRegularizer
 from rksp_core.limits import Limits
 from rksp_core.orders import KSSSettings
@@ -39,6 +39,9 @@ class Loop:
     limits
         What an order may set. The clip threshold and the learning rate are left alone unless their limits say
         otherwise.
+    rollback
+        Takes the trainer back to a checkpoint, as `rksp_core.ControlFollower` says; None: an order that asks for it is
+        told that this trainer cannot.
     probe
         A fixed batch of the model's inputs, for profiles: a tensor, a tuple, or a dict of keyword arguments.
     profile_every
@@ -64,6 +67,7 @@ class Loop:
         run_id: str | None = None,
         kss: KSSSettings = KSSSettings(),  # noqa: B008 - it is frozen
         limits: Limits = Limits(),  # noqa: B008 - the same
+        rollback: Rollback | None = None,
         probe: Batch | None = None,
         profile_every: int = 0,
         profile_options: dict[str, Any] | None = None,
@@ -73,7 +77,7 @@ class Loop:
             raise ConfigError(f"profile_every = {profile_every} needs a probe, got none; give a fixed batch as probe")
         self.run_folder = Path(run_folder)
         self.run_id = run_id or self.run_folder.resolve().name
-        self.limits = limits
+        self.limits, self._rollback = limits, rollback
         self._kss, self._probe, self._every = kss, probe, profile_every
         self._profile_options, self._regularizer_options = profile_options or {}, regularizer_options
         self._begun = False
@@ -97,7 +101,9 @@ class Loop:
             model, kss.alpha, kss.interval, kss.layer_fraction, kss.gamma, **self._regularizer_options
         )
         self.regularizer.configure(kss)
-        self.follower = ControlFollower(self.run_folder / "control", self.run_id, self.regularizer, self.limits)
+        self.follower = ControlFollower(
+            self.run_folder / "control", self.run_id, self.regularizer, self.limits, rollback=self._rollback
+        )
         self._begun = True
         kept, self._kept = self._kept, {}
         if kept:

@@ -616,6 +616,11 @@ def test_a_rollback_goes_to_the_newest_step_at_which_nothing_was_wrong_once_an_e
     assert backs([0, 2, 0, 0, 0, 2]) == [(20, 10), (30, None), (60, 50)], "another excursion"
 
 
+def test_a_margin_goes_further_back_but_never_before_the_start():
+    assert backs([0, 0, 0, 2], dataclasses.replace(BACK, rollback_margin=15)) == [(40, 15)]
+    assert backs([0, 0, 0, 2], dataclasses.replace(BACK, rollback_margin=90)) == [(40, 0)]
+
+
 def test_without_an_event_in_health_there_is_nowhere_to_go_back_to():
     assert backs([2, 2, 3]) == [(10, None), (30, None)]
 

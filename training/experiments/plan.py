@@ -122,9 +122,15 @@ def write_plan(path: Path, spec: Spec, runs: list[PlannedRun]) -> None:
         raise ConfigError(f"cannot read or write the plan {path} ({error}); give another --folder") from error
 
 
-def _config(spec: Spec, group: str, settings: Mapping[str, Any]) -> Config:
-    document = json.loads(json.dumps(spec.base)) | {"run_id": spec.name, "output": "nowhere"}
-    document["threads"] = 1
+def assemble(base: Mapping[str, Any], settings: Mapping[str, Any], source: str) -> Config:
+    """Return a configuration: the base with settings by dotted key; ``source`` names them in a message.
+
+    Raises
+    ------
+    ConfigError
+        When it is none that the trainer takes.
+    """
+    document = {"output": "nowhere", "threads": 1} | json.loads(json.dumps(base))
     for key, value in settings.items():
         if key.startswith(PREFIX):
             continue
@@ -133,9 +139,14 @@ def _config(spec: Spec, group: str, settings: Mapping[str, Any]) -> Config:
         for folder in folders:
             place = place.setdefault(folder, {})
             if not isinstance(place, dict):
-                raise ConfigError(f"group {group!r}: {key} lies below {folder!r}, which is a single value")
+                raise ConfigError(f"{source}: {key} lies below {folder!r}, which is a single value")
         place[name] = value
-    return parse_config(document, f"group {group!r}")
+    return parse_config(document, source)
+
+
+def _config(spec: Spec, group: str, settings: Mapping[str, Any]) -> Config:
+    given = {"output": "nowhere", "threads": 1, "run_id": spec.name}  # whatever the base says
+    return assemble(spec.base, {**settings, **given}, f"group {group!r}")
 
 
 def _draws(spec: Spec, group: Group) -> Iterator[dict[str, Any]]:

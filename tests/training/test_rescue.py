@@ -1,0 +1,156 @@
+"""A rescue from its spec to its table; in lockstep with a real watcher it comes out the same again."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rksp_core.errors import ConfigError
+from rksp_monitor.config import read_settings
+from training.experiments import rescue
+from training.experiments.record import Records
+from training.experiments.rescue_report import difference, p_value, share
+from training.experiments.rescue_run import SCHEMA, overhead
+from training.experiments.rescue_spec import plan, read_spec
+
+SPECS = sorted((Path(rescue.__file__).parent / "specs" / "rescue").glob("*.yaml"))
+
+# No-Norm at a rate at which it blows up in some steps: the loop takes it back and lowers the rate.
+SMALL: dict[str, Any] = {
+    "base": {
+        "steps": 16,
+        "model": {
+            "factory": "training.models.gpt:GPT",
+            "arguments": {"vocabulary": 32, "length": 16, "width": 16, "depth": 2, "heads": 2, "norm": "no_norm"},
+        },
+        "task": {"name": "associative_recall", "batch": 8, "pairs": 2},
+        "optimizer": {"name": "sgd"},
+        "schedule": {"warmup": 0},
+        "checkpoint": {"every": 2},
+        "profile": {"every": 4, "samples": 64, "sequences": 4},
+        "control": {"wait_at_divergence": 60.0},
+    },
+    "grid": {"optimizer.learning_rate": [3.0, 4.0]},
+    "seeds": [1, 2],
+    "arms": [
+        {"name": "nothing"},
+        {"name": "stable", "settings": {"optimizer.learning_rate": 0.01}},
+        {
+            "name": "Back, slower",
+            "policy": {
+                "rules": [
+                    {"name": name, "level": 3, "all": [{"metric": metric, "by": by, "against": "absolute"}]}
+                    for name, metric, by in (("a", "not_finite_figures", 0.0), ("b", "loss", 50.0))
+                ],
+                "cooldown_steps": 2,
+                "rollback_margin": 2,
+                "ratchet": True,
+                "ladder": {3: {"learning_rate_scale": 0.01, "rollback": True}},
+            },
+        },
+    ],
+    "reference": "stable",
+    "controls": ["nothing"],
+}
+
+
+def written(tmp_path: Path, **sections: Any) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL | sections))
+    return path
+
+
+def test_every_seed_is_run_by_each_arm_at_each_point_that_is_its_own(tmp_path: Path) -> None:
+    runs = plan(read_spec(written(tmp_path)))
+    assert [(run.arm.name, run.seed, list(run.point.values())) for run in runs[:5]] == [
+        ("nothing", 1, [3.0]),
+        ("nothing", 1, [4.0]),
+        ("stable", 1, []),
+        ("Back, slower", 1, [3.0]),
+        ("Back, slower", 1, [4.0]),
+    ]
+    assert len(runs) == len({run.key for run in runs}) == 10
+    rates = [run.config(read_spec(written(tmp_path))).optimizer.learning_rate for run in runs[:3]]
+    assert rates == [3.0, 4.0, 0.01]
+    assert runs[3].arm.slug == "back-slower"
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"reference": "nobody"}, "'nobody' is no arm; the arms are nothing, stable, Back, slower"),
+        ({"lag": 4}, "lag = 4 must be less than profile.every = 4, of arm 'Back, slower'"),
+        ({"seeds": [3, 1]}, r"seeds must be \[first, last\], got \[3, 1\]"),
+        ({"arms": [{"name": "a b"}, {"name": "a-b"}], "reference": "a b", "controls": []}, "two arms are called 'a b'"),
+        ({"grid": {"optimizer.learning_rte": [1]}}, "arm 'nothing': unknown key 'optimizer.learning_rte'"),
+    ],
+)
+def test_a_mistake_in_a_spec_is_one_sentence(tmp_path: Path, sections: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        plan(read_spec(written(tmp_path, **sections)))
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_the_shipped_specs_are_ones_that_trainer_and_watcher_take(path: Path, tmp_path: Path) -> None:
+    spec = read_spec(path)
+    assert plan(spec)
+    policies = [arm.policy for arm in spec.arms if arm.policy is not None]
+    config = tmp_path / "watch.yaml"
+    config.write_text(yaml.safe_dump({"runs": [{"folder": str(tmp_path), "policy": policy} for policy in policies]}))
+    assert len(read_settings(config).runs) == len(policies)
+
+
+def test_the_overhead_is_what_was_made_again_and_what_terms_cost() -> None:
+    """Ten steps of 1 s and two of 3 s with a term, of which 8 steps stand."""
+    found = overhead([(1.0, False)] * 10 + [(3.0, True)] * 2, 8)
+    assert found == {"steps": 12, "step_seconds": 1.0, "kss": 4.0, "ratio": pytest.approx((12 + 4) / 8 - 1)}
+    assert overhead([(1.0, True)], 1)["ratio"] is None
+
+
+def record(arm: str, seed: int, loss: float | None, **more: Any) -> dict[str, Any]:
+    ending = {"status": "diverged" if loss is None else "finished", "final": {"loss": loss}}
+    return {"arm": arm, "seed": seed, "point": {}, **ending, **more}
+
+
+def test_shares_and_differences_are_those_of_the_textbook() -> None:
+    # None of n: the upper end is 1 - (alpha / 2)^(1 / n) (Clopper and Pearson 1934).
+    assert share(0, 45) == f"0 of 45: 0% [0.0, {100 * (1 - 0.025 ** (1 / 45)):.1f}]"
+    lost, saved = ([record("a", seed, loss) for seed in range(4)] for loss in (None, 2.0))
+    assert float(p_value(lost, saved)) == pytest.approx(2 / math.comb(8, 4), rel=0.02)
+    rivals = [record("b", seed, loss) for seed, loss in enumerate((2.5, 2.5, None, 2.5))]
+    assert difference(saved, rivals) == "-0.500 [-0.500, -0.500] (3)"
+    assert difference(lost, rivals) == "-"
+
+
+@pytest.mark.slow
+def test_in_lockstep_a_rescue_comes_out_the_same_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, seeds=[1, 1])
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        assert rescue.main([str(path), "--folder", str(folder), "--jobs", "2"]) == 0
+        assert list((folder / "runs").rglob("config.yaml")) == []
+    one, two = ([_timeless(record) for record in Records(folder, SCHEMA)] for folder in folders)
+    assert one == two
+    by_arm = {name: [each for each in one if each["arm"] == name] for name in ("nothing", "stable", "Back, slower")}
+    assert [each["status"] for each in by_arm["nothing"]] == ["diverged"] * 2
+    assert [(each["status"], len(each["rollbacks"])) for each in by_arm["Back, slower"]] == [("finished", 1)] * 2
+    assert [each["orders"][0]["reason"]["risk_level"] for each in by_arm["Back, slower"]] == [3, 3]
+    capfd.readouterr()
+    assert rescue.main([str(path), "--folder", str(folders[0])]) == 0
+    assert "0 runs are left" in capfd.readouterr().out
+    assert rescue.main([str(path), "--folder", str(folders[0]), "--report"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split(" | ")[3] for line in lines if "all" in line.split(" | ")] == [
+        "2 of 2: 100% [15.8, 100.0]",
+        "0 of 2: 0% [0.0, 84.2]",
+    ]
+
+
+def _timeless(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what a clock has measured."""
+    made = {"steps_made": record["overhead"]["steps"]}
+    return {name: value for name, value in record.items() if name not in ("seconds", "overhead")} | made
