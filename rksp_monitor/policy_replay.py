@@ -27,12 +27,14 @@ class Step:
     def differs(self) -> bool:
         """Whether the level or the order is another one; what a person's hold ordered is no policy's doing."""
         held = self.was.hold is not None
-        return self.was.level != self.would.level or (not held and self.was.order != self.would.order)
+        was, would = ((each.order, each.rollback_to) for each in (self.was, self.would))
+        return self.was.level != self.would.level or (not held and was != would)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
-        names = ("level", "fired", "order")
-        was, would = ({name: each.to_dict()[name] for name in names} for each in (self.was, self.would))
+        names = ("level", "fired", "order", "rollback_to")
+        documents = (each.to_dict() for each in (self.was, self.would))
+        was, would = ({name: each[name] for name in names if name in each} for each in documents)
         held = self.was.hold is not None
         return {"kind": self.row.kind, "step": self.row.step, "was": was, "would": would, "held": held}
 

@@ -31,7 +31,7 @@ class Observer(Protocol):
         ...
 
     def back(self, run: Run) -> None:
-        """Forget what came after ``run.step``: the run went back there."""
+        """Forget what came after ``run.step``: the run, which has a folder, went back there."""
         ...
 
     def end(self, run: Run) -> None:

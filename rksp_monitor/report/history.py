@@ -49,6 +49,7 @@ COLUMNS: dict[str, Kind] = {
     "previous_level": "whole",
     "fired": "text",
     **{f"order_{name}": kind for name, kind in _ORDER.items()},
+    "rollback_to": "whole",
     "hold_by": "text",
     "hold_reason": "text",
     **dict.fromkeys((*FIGURES, *BESIDE), "number"),
@@ -87,7 +88,7 @@ def _flat(row: Row) -> dict[str, Cell]:
     cells |= row.figures
     if row.decision is not None:
         decision = Decision.from_dict(row.decision)
-        cells |= {name: getattr(decision, name) for name in ("late", "level", "previous_level")}
+        cells |= {name: getattr(decision, name) for name in ("late", "level", "previous_level", "rollback_to")}
         cells["fired"] = " ".join(decision.fired)
         if decision.order is not None:
             cells |= {f"order_{name}": getattr(decision.order, name) for name in _ORDER}
@@ -214,9 +215,10 @@ def _level(cells: dict[str, Cell]) -> str:
 
 
 def _order(cells: dict[str, Cell]) -> str:
-    """Return what is ordered, in short: alpha, then the levers beside it."""
+    """Return what is ordered, in short: alpha, then the levers beside it, then whereto the trainer is sent back."""
     short = {"alpha": "", "clip": "clip ", "learning_rate_scale": "lr x"}
     asked = [f"{text}{value:g}" for name, text in short.items() if (value := cells[f"order_{name}"]) is not None]
+    asked += [] if cells["rollback_to"] is None else [f"back to {cells['rollback_to']}"]
     return ", ".join(asked) or MISSING
 
 

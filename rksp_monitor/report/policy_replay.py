@@ -5,7 +5,6 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from rksp_core.orders import Levers
 from rksp_core.policy import LEVELS, Decision
 from rksp_monitor.policy_replay import PolicyReplay, Sum
 from rksp_monitor.printable import counted, printable
@@ -35,8 +34,8 @@ def replay_table(replay: PolicyReplay, *, width: int = 120, colour: bool = False
             step.row.kind,
             LEVELS[step.was.level],
             LEVELS[step.would.level],
-            "held" if held else _levers(step.was.order),
-            _levers(step.would.order),
+            "held" if held else _ordered(step.was),
+            _ordered(step.would),
             _because(step.was, step.would),
         )
         steps.add_row(*map(Text, cells))
@@ -67,9 +66,12 @@ def _because(was: Decision, would: Decision) -> str:
     return " ".join(only) or "what came before"
 
 
-def _levers(levers: Levers | None) -> str:
-    """Return an order in a few letters: alpha, then what lies beside it."""
+def _ordered(decision: Decision) -> str:
+    """Return an order in a few letters: alpha, what lies beside it, and whereto the trainer is sent back."""
+    levers = decision.order
     if levers is None:
         return MISSING
+    back = [] if decision.rollback_to is None else [f"back to {decision.rollback_to}"]
     beside = (("clip ", levers.clip), ("lr x", levers.learning_rate_scale))
-    return ", ".join([f"{levers.alpha:g}", *(f"{name}{value:g}" for name, value in beside if value is not None)])
+    short = [f"{name}{value:g}" for name, value in beside if value is not None]
+    return ", ".join([f"{levers.alpha:g}", *short, *back])
