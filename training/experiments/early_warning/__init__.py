@@ -1,0 +1,1 @@
+"""What moves before a run diverges, and which alarm follows from it."""
