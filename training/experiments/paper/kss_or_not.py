@@ -20,12 +20,6 @@ def perplexity(records: list[Record], rate: float) -> Mean:
     return mean([None if loss is None else math.exp(loss) for loss in losses])
 
 
-def accuracy(records: list[Record], rate: float) -> Mean:
-    """Return the held-out accuracy of the runs of a rate, in percent."""
-    found = [record["final"]["accuracy"] for record in at(records, rate)]
-    return mean([None if value is None else 100 * value for value in found], 1)
-
-
 def near_unit_mass(records: list[Record], rate: float) -> Mean:
     """Return the near-unit mass of the last profile of the runs of a rate, mean over layers."""
     return mean([last(record, "near_unit_mass_mean") for record in at(records, rate)])

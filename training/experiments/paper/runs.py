@@ -149,15 +149,22 @@ class Mean:
         return f"{self.value:.{d}f}{around}, n = {self.runs}"
 
 
-def mean(values: list[float | None], digits: int = 2) -> Mean:
-    """Return the mean of the values that are there."""
+def mean(values: list[float | None], digits: int = 2, *, within: tuple[float, float] = (-math.inf, math.inf)) -> Mean:
+    """Return the mean of the values that are there; the interval is cut where no value can lie (`within`)."""
     known = np.array([value for value in values if value is not None], dtype=float)
     if not len(known):
         return Mean(math.nan, math.nan, math.nan, 0, digits)
     if len(known) == 1:
         return Mean(float(known[0]), math.nan, math.nan, 1, digits)
     half = float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known)))
-    return Mean(float(known.mean()), float(known.mean()) - half, float(known.mean()) + half, len(known), digits)
+    middle = float(known.mean())
+    return Mean(middle, max(middle - half, within[0]), min(middle + half, within[1]), len(known), digits)
+
+
+def accuracy(records: list[Record]) -> Mean:
+    """Return the mean held-out accuracy in percent; of a diverged run, that of its last finite state."""
+    found = [record["final"]["accuracy"] for record in records]
+    return mean([None if value is None else 100 * value for value in found], 1, within=(0, 100))
 
 
 def last(record: Record, feature: str) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from training.experiments.paper import overhead
-from training.experiments.paper.runs import Share, arms, diverged, fisher, last, mean, progress
+from training.experiments.paper.runs import Share, accuracy, arms, diverged, fisher, last, mean, progress
 from training.experiments.paper.section import same
 from training.experiments.record import Record
 
@@ -47,18 +47,19 @@ def setting() -> str:
     )
 
 
-def found(*beside: str) -> dict[str, list[Record]]:
-    """Return the runs of each arm, and of other sweeps in this setting; at half the rate, those at .005 are of "none"."""
+def found() -> dict[str, list[Record]]:
+    """Return the runs of each arm; at half the rate, those at .005 are runs of doing nothing."""
     runs = arms(SPEC)
-    for spec in beside:
-        runs |= arms(spec)
     shared = [record for record in runs.get(NONE, []) if record["configuration"]["optimizer.learning_rate"] == 0.005]
     return runs | {HALF: runs.get(HALF, []) + shared}
 
 
-def rows(published: Mapping[str, Published | None], *beside: str) -> tuple[tuple[str, ...], ...]:
-    """Return a row for each arm; None: the paper has no such arm."""
-    runs, costs = found(*beside), overhead.read()
+Runs = Mapping[str, list[Record]]
+
+
+def rows(published: Mapping[str, Published | None], runs: Runs | None = None) -> tuple[tuple[str, ...], ...]:
+    """Return a row for each arm; None: the paper has no such arm. ``runs``: other ones than `found`."""
+    runs, costs = runs or found(), overhead.read()
     nothing, theirs = diverged(runs.get(NONE, [])), PUBLISHED_NONE
     return tuple(_row(name, each, runs.get(name, []), nothing, theirs, costs) for name, each in published.items())
 
@@ -79,12 +80,11 @@ def _row(
     if theirs is not None and share.runs and nothing.runs and share.value != nothing.value and name != NONE:
         effect = (share.value < nothing.value) == (theirs.diverged < their_nothing.diverged)
     later = [last(record, "near_unit_mass_mean") for record in records if record["profiles"]["step"][-1] > 0]
-    percent = [100 * record["final"]["accuracy"] for record in records if record["final"]["accuracy"] is not None]
     paper = ("-",) * 4
     if theirs is not None:
         mass, cost = theirs.near_unit_mass, theirs.overhead
         paper = (f"{theirs.diverged} %", str(theirs.accuracy), "-" if mass is None else f"{mass:.2f}", cost or "-")
-    ours = (str(share), str(mean(percent, 1)), str(mean(later)), costs.get(name, "-"))
+    ours = (str(share), str(accuracy(records)), str(mean(later, within=(0, 1))), costs.get(name, "-"))
     return (
         name,
         paper[0],
@@ -94,9 +94,9 @@ def _row(
     )
 
 
-def told_apart(names: Mapping[str, object], *beside: str) -> str:
+def told_apart(names: Mapping[str, object], runs: Runs | None = None) -> str:
     """Return which arms diverged less or more often than doing nothing, as far as Fisher's test can tell."""
-    runs = found(*beside)
+    runs = runs or found()
     nothing = diverged(runs.get(NONE, []))
     shares = {name: diverged(runs.get(name, [])) for name in names if name != NONE}
     apart = {name: share for name, share in shares.items() if share.runs and fisher(share, nothing) < ALPHA}

@@ -6,8 +6,8 @@ for who has the data and a GPU.
 
 from __future__ import annotations
 
-from training.experiments.paper.kss_or_not import accuracy, against, effect, near_unit_mass
-from training.experiments.paper.runs import arms, diverged, progress
+from training.experiments.paper.kss_or_not import against, at, effect, near_unit_mass
+from training.experiments.paper.runs import accuracy, arms, diverged, progress
 from training.experiments.paper.section import Section, same
 
 TITLE = "KSS in vision transformers"
@@ -52,7 +52,8 @@ def _row(norm: str) -> tuple[str, ...]:
     runs = arms(SPECS[0])
     pair = [runs.get(norm, []), runs.get(f"{norm} + KSS", [])]
     shares = [diverged(each) for each in pair]
-    accuracies, masses = ([of(each, USUAL) for each in pair] for of in (accuracy, near_unit_mass))
+    accuracies = [accuracy(at(each, USUAL)) for each in pair]
+    masses = [near_unit_mass(each, USUAL) for each in pair]
     return (
         norm,
         PUBLISHED[norm],
