@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rksp_core import ModelProfile, profile_model
-from training.experiments.paper.runs import Mean, Share, arms, diverged, fisher, last, mean, progress
+from training.experiments.paper.runs import Mean, Share, accuracy, arms, diverged, fisher, last, mean, progress
 from training.experiments.paper.section import same
 from training.experiments.record import Record
 from training.models.gpt import GPT
@@ -150,7 +150,6 @@ def _row(
     if share.runs and base.runs and share.value != base.value and theirs.diverged != their_reference.diverged:
         more = (share.value > base.value) == (theirs.diverged > their_reference.diverged)
     later = [last(each, "near_unit_mass_mean") for each in records if each["profiles"]["step"][-1] > 0]
-    percent = [100 * each["final"]["accuracy"] for each in records if each["final"]["accuracy"] is not None]
     return (
         name,
         f"{theirs.near_unit_mass:.2f}; {theirs.spectral_radius:.2f}; {theirs.third:.2f}",
@@ -160,8 +159,8 @@ def _row(
         str(share),
         same(more),
         "-" if theirs.accuracy is None else str(theirs.accuracy),
-        str(mean(percent, 1)),
-        str(mean(later)),
+        str(accuracy(records)),
+        str(mean(later, within=(0, 1))),
     )
 
 

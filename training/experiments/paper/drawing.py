@@ -27,7 +27,7 @@ def canvas(width: float, height: float, columns: int = 1, **options: Any) -> tup
         each.spines[:].set_color(GREY)
         if "top" in each.spines:
             each.spines[["top", "right"]].set_visible(False)
-        each.tick_params(color=GREY, labelsize=8)
+        each.tick_params(which="both", color=GREY, labelsize=8)
         each.title.set_fontsize(9)
         each.xaxis.label.set_fontsize(9)
         each.yaxis.label.set_fontsize(9)

@@ -1,0 +1,86 @@
+"""Figure 2: what the weight of KSS does, over the arms of Table 3."""
+
+from __future__ import annotations
+
+from training.experiments.paper import stabilizers
+from training.experiments.paper.drawing import BLUE, GREY, ORANGE, canvas, legend, save
+from training.experiments.paper.runs import Mean, Share, accuracy, diverged, last, mean
+from training.experiments.paper.section import Section, same
+from training.experiments.paper.table_03 import PUBLISHED
+
+TITLE = "the weight of KSS"
+CHEAP = True
+SPECS = (stabilizers.SPEC,)
+
+ARMS = {0.0: "none", 0.10: "KSS 0.10", 0.15: "KSS 0.15", 0.20: "KSS 0.20"}
+
+
+def section() -> Section:
+    """Draw the figure."""
+    runs = stabilizers.found()
+    shares = {alpha: diverged(runs.get(name, [])) for alpha, name in ARMS.items()}
+    accuracies = {alpha: accuracy(runs.get(name, [])) for alpha, name in ARMS.items()}
+    masses = {
+        alpha: mean(
+            [last(each, "near_unit_mass_mean") for each in runs.get(name, []) if each["profiles"]["step"][-1] > 0]
+        )
+        for alpha, name in ARMS.items()
+    }
+    return Section(
+        name="figure_2",
+        title=TITLE,
+        setting=f"{stabilizers.setting()} The paper's points are those of its Table 3.",
+        rows=(
+            _row("diverged %, from none to alpha 0.20", [each.diverged for each in _published()], _percent(shares)),
+            _row("accuracy %", [each.accuracy for each in _published()], [accuracies[a].value for a in ARMS]),
+            _row(
+                "near-unit mass", [each.near_unit_mass or 0 for each in _published()], [masses[a].value for a in ARMS]
+            ),
+        ),
+        sentence=stabilizers.told_apart(dict.fromkeys(ARMS.values())),
+        figure=_draw(shares, accuracies, masses),
+    )
+
+
+def _published() -> list[stabilizers.Published]:
+    return [row for name in ARMS.values() if (row := PUBLISHED[name]) is not None]
+
+
+def _percent(shares: dict[float, Share]) -> list[float]:
+    return [100 * shares[alpha].value for alpha in ARMS]
+
+
+def _row(name: str, theirs: list[float], ours: list[float]) -> tuple[str, ...]:
+    digits = 2 if max(theirs) <= 1 else 1
+    shown = [" / ".join(f"{value:.{digits}f}" for value in each) for each in (theirs, ours)]
+    agree = None if ours[0] == ours[-1] else (ours[-1] > ours[0]) == (theirs[-1] > theirs[0])
+    return name, *shown, same(agree)
+
+
+def _draw(shares: dict[float, Share], accuracies: dict[float, Mean], masses: dict[float, Mean]) -> str:
+    figure, (left, right) = canvas(8, 3.4, 2)
+    alphas, theirs = list(ARMS), _published()
+    left.plot(alphas, [each.diverged for each in theirs], "s--", color=GREY, label="the paper, 24 runs each")
+    lows, highs = zip(*(share.interval() for share in shares.values()), strict=True)
+    values = [share.value for share in shares.values()]
+    bars = [
+        [100 * (value - low) for value, low in zip(values, lows, strict=True)],
+        [100 * (high - value) for value, high in zip(values, highs, strict=True)],
+    ]
+    left.errorbar(alphas, _percent(shares), bars, fmt="o-", color=BLUE, capsize=3, label="ours")
+    left.set(xlabel="KSS weight alpha", ylabel="diverged, % of the runs", ylim=(-3, 103), xticks=alphas)
+    legend(left)
+    right.plot(alphas, [each.accuracy for each in theirs], "s--", color=BLUE, alpha=0.4, label="accuracy, the paper")
+    right.plot(alphas, [accuracies[a].value for a in alphas], "o-", color=BLUE, label="accuracy, ours")
+    right.set(xlabel="KSS weight alpha", ylim=(-3, 103), xticks=alphas)
+    right.set_ylabel("accuracy, %", color=BLUE)
+    other = right.twinx()
+    other.plot(alphas, [each.near_unit_mass or 0 for each in theirs], "s--", color=ORANGE, alpha=0.4)
+    other.plot(alphas, [masses[a].value for a in alphas], "o-", color=ORANGE)
+    other.set_ylim(-0.03, 1.03)
+    other.set_ylabel("near-unit mass", color=ORANGE, fontsize=9)
+    other.tick_params(color=GREY, labelsize=8)
+    other.spines[:].set_color(GREY)
+    other.spines["top"].set_visible(False)
+    right.set_title("solid: ours; dashed: the paper", fontsize=9)
+    return save(figure, "figure_2")
