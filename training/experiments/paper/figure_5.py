@@ -75,5 +75,6 @@ def _draw(masses: np.ndarray, bad: np.ndarray, error: float) -> str:
     kinds = [masses[~bad], masses[bad]]
     right.hist(kinds, BINS, stacked=True, color=[BLUE, ORANGE], label=["finished", "diverged"])
     right.set(xlabel="near-unit mass at initialization", ylabel="runs", xlim=(0, 1))
+    right.yaxis.get_major_locator().set_params(integer=True)
     legend(right)
     return save(figure, "figure_5")

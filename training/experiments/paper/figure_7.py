@@ -86,7 +86,7 @@ def _mass(record: Record) -> float:
 def _draw(shares: dict[str, Share]) -> str:
     figure, (axes,) = canvas(7.6, 3.4)
     axes.set_axis_off()
-    axes.set(xlim=(0, 3), ylim=(0, 3))
+    axes.set(xlim=(0, 3), ylim=(-0.3, 3))
     _box(axes, 1.5, 2.6, "profile the model before the first step", BLUE)
     for place, ((name, share), colour) in enumerate(zip(shares.items(), (GREEN, ORANGE, RED), strict=True)):
         x = place + 0.5
@@ -100,6 +100,7 @@ def _draw(shares: dict[str, Share]) -> str:
         axes.barh(0.35, 0.8, 0.16, left=x - 0.4, fill=False, edgecolor=GREY, linewidth=0.8)
         axes.plot([x - 0.4 + 0.8 * low, x - 0.4 + 0.8 * high], [0.2, 0.2], color="0.3", linewidth=1.5)
         axes.text(x, 0.12, f"{100 * low:.0f} to {100 * high:.0f} %", ha="center", va="top", fontsize=8, color="0.3")
+    axes.text(0.1, -0.22, "bar: share of the runs; line: its 95 % interval", fontsize=8, color="0.3")
     return save(figure, "figure_7")
 
 
