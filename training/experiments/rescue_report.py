@@ -13,7 +13,18 @@ from training.experiments.ranking import LEVEL, estimate
 from training.experiments.record import Record
 from training.experiments.rescue_spec import RescueRun, RescueSpec
 
-COLUMNS = ("arm", "where", "n", "diverged", "failed", "held-out loss", "- reference", "rollbacks", "overhead")
+COLUMNS = (
+    "arm",
+    "where",
+    "n",
+    "diverged",
+    "failed",
+    "held-out loss",
+    "- reference",
+    "rollbacks",
+    "overhead",
+    "observing",
+)
 
 
 def table(spec: RescueSpec, runs: Sequence[RescueRun], records: Sequence[Record]) -> str:
@@ -22,7 +33,7 @@ def table(spec: RescueSpec, runs: Sequence[RescueRun], records: Sequence[Record]
     Divergence has its exact interval (Clopper and Pearson 1934), and Fisher's exact p against each control at the same
     points. Losses are compared with those of the reference, and of each control, on the same seeds, where both runs
     finished: mean difference and its bootstrap interval, over the pairs. The overhead is that of `rescue_run.overhead`,
-    the median over the runs.
+    observing what profiles and checkpoints took beside the steps; medians over the runs.
     """
     found = {record["key"]: record for record in records}
     by_arm: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
@@ -52,6 +63,7 @@ def _row(
     finished = [record["final"]["loss"] for record in records if record["status"] == "finished"]
     known = [loss for loss in finished if loss is not None]
     ratios = [record["overhead"]["ratio"] for record in records if record["overhead"]["ratio"] is not None]
+    observing = [record["seconds"]["observing"] / record["seconds"]["training"] for record in records]
     row = [
         arm,
         where,
@@ -62,6 +74,7 @@ def _row(
         difference(records, _all(by_arm[spec.reference])),
         f"{sum(len(record['rollbacks']) for record in records) / len(records):.1f}",
         f"{statistics.median(ratios):+.1%}" if ratios else "-",
+        f"{statistics.median(observing):+.0%}",
     ]
     for name in others:
         rivals = _all(by_arm[name]) if where == "all" else by_arm[name].get(where, [])
