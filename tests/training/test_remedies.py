@@ -128,6 +128,23 @@ class TestForms:
         assert float(FORMS[name](x, y.detach() - step)) < float(value.detach())
 
 
+class TestShipped:
+    SCREEN = Path(remedies.__file__).parent / "specs/remedies/screen.yaml"
+
+    def test_the_trial_is_on_45_seeds_of_which_the_screen_has_none(self) -> None:
+        trial, screen = (remedies.read_spec(self.SCREEN.with_name(f"{name}.yaml")) for name in ("trial", "screen"))
+        assert len(set(trial.seeds)) == 45
+        assert not set(trial.seeds) & {seed for _, _, seed in remedies.plan(screen)}
+
+    def test_each_record_of_the_screen_is_of_an_arm_of_its_spec(self) -> None:
+        screen = remedies.read_spec(self.SCREEN)
+        arms = {remedies.key(arm.name, rate, seed): arm for arm, rate, seed in remedies.plan(screen)}
+        records = remedies.read_records(self.SCREEN.parents[4] / screen.records)
+        assert records
+        for record in records:
+            assert record["settings"] == remedies.settings_of(arms[record["key"]])
+
+
 class TestMoment:
     def test_a_jump_of_the_gradient_norm_switches_on(self) -> None:
         run, watch = start_run(spec(), Arm(name="jump", start="gradient"), 0.01, 7201)
@@ -156,12 +173,19 @@ class TestCommand:
         assert capsys.readouterr().out.count("diverged None") == 2
         assert remedies.main([str(file), "--table"]) == 0
         nothing, half = capsys.readouterr().out.splitlines()[2:]
-        assert nothing.startswith("| nothing | 0.01 | 2 | 0 | 2 | - |")
+        assert nothing.startswith("| nothing | 0.01 | 6 | 2 | 0 | 2 | - |")
         assert "+0.000 [+0.000, +0.000]" in nothing
-        assert half.startswith("| learning rate x 0.5 | 0.01 | 2 | 0 |")
+        assert half.startswith("| learning rate x 0.5 | 0.01 | 6 | 2 | 0 |")
 
     def test_a_mistake_is_one_sentence(self, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         file.write_text(file.read_text() + "unknown: 1\n")
         assert remedies.main([str(file)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
         assert remedies.main([str(file.parent / "missing.yaml")]) == 2
+
+    def test_unknown_names_are_refused(self, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert remedies.main([str(file), "--arms", "prayer"]) == 2
+        assert "has no arm 'prayer'" in capsys.readouterr().err
+        file.write_text(file.read_text().replace("name: nothing", "name: nothing\n  form: poem"))
+        assert remedies.main([str(file)]) == 2
+        assert "one of paper, hinge" in capsys.readouterr().err

@@ -34,7 +34,7 @@ from typing import Annotated, Any, Literal
 import joblib
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from rksp_core.atomic import write_atomic
 from rksp_core.errors import ConfigError, RkspError
@@ -42,7 +42,7 @@ from training.config import parse_config, read_document
 from training.experiments.one_run import chance_loss
 from training.experiments.ranking import estimate
 from training.experiments.record import compact
-from training.experiments.remedies_levers import Remedy
+from training.experiments.remedies_levers import FORMS, Remedy
 from training.loop import conclude, drive
 from training.ranks import Ranks
 from training.run import Run, build_run
@@ -53,14 +53,33 @@ from training.step import Record, advance
 SCHEMA = "rksp.remedy_record/1"
 FINAL = 50  # steps whose mean training loss is the final one
 WINDOW, JUMP = 50, 5.0  # start: gradient: a norm so many times the median of the window before
-LOGITS = 300.0  # start: logits: the bound of the attention scores at which it begins
+
+
+def _known(form: str) -> str:
+    if form not in FORMS:
+        raise ValueError(f"a form of KSS is one of {', '.join(FORMS)}, got {form!r}")
+    return form
 
 
 class Arm(Section):
-    """A remedy. ``start``: a step, or what must be seen first; ``settings`` hold from the first step of the run."""
+    """A remedy: levers that act from ``start`` on, a step, or ``gradient``: the first jump of the gradient norm.
+
+    settings                of the trainer, by dotted key, from the first step of the run
+    rate, clip, beta2       a factor on the learning rate, the largest gradient norm, Adam's second beta
+    noise                   Gaussian, so many times the norm of the gradient
+    surprise                the limit of `rksp_core.surprise.clip_surprise`
+    shrink                  share that the matrices of the blocks lose at each step
+    weight_cap, logit_cap, form_cap
+                            every ``interval`` steps: largest singular value of those matrices, largest attention score
+                            (a bound of it, of the last batch), largest singular value of the form behind the scores
+    form                    of KSS (`remedies_levers.FORMS`), every ``interval`` steps on a share of the blocks, grown
+                            over ``ramp`` steps; ``weight`` times it goes into the ``loss``, or its gradient, scaled to
+                            ``ratio`` times the norm of the task's, is added to the ``gradient`` (before the moments),
+                            or likewise to the ``update`` (after them)
+    """
 
     name: str
-    start: Whole | Literal["gradient", "logits"] = 0
+    start: Whole | Literal["gradient"] = 0
     rates: tuple[Positive, ...] = ()
     seeds: tuple[int, ...] = ()
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -73,7 +92,7 @@ class Arm(Section):
     weight_cap: Positive | None = None
     logit_cap: Positive | None = None
     form_cap: Positive | None = None
-    form: str | None = None
+    form: Annotated[str, AfterValidator(_known)] | None = None
     weight: NotNegative = 0.15
     ratio: Positive = 0.1
     ramp: Whole = 0
@@ -128,8 +147,6 @@ class Watch:
         start = self.remedy.arm.start
         if isinstance(start, int):
             return step >= start
-        if start == "logits":
-            return self.remedy.largest_logit() > LOGITS
         before = self.norms[-WINDOW - 1 : -1]
         return len(before) == WINDOW and self.norms[-1] > JUMP * statistics.median(before)
 
@@ -146,6 +163,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         spec = read_spec(arguments.spec)
+        unknown = set(arguments.arms or ()) - {arm.name for arm in spec.arms}
+        if unknown:
+            raise ConfigError(f"{arguments.spec} has no arm {unknown.pop()!r}; its arms are in it by name")
         if arguments.table:
             print(table(spec, read_records(Path(spec.records))))
         elif arguments.overhead:
@@ -214,7 +234,7 @@ def carry_out(spec: RemedySpec, arm: Arm, rate: float, seed: int, deadline: floa
         "arm": arm.name,
         "rate": rate,
         "seed": seed,
-        "settings": arm.model_dump(mode="json", exclude_defaults=True, exclude={"name", "rates", "seeds"}),
+        "settings": settings_of(arm),
         "horizon": run.config.steps,
         "diverged_at": run.labels.rksp,
         "since": watch.remedy.since if watch.remedy.active else None,
@@ -248,6 +268,11 @@ def make(spec: RemedySpec, arms: list[str] | None, jobs: int, limit: float) -> N
             )
 
 
+def settings_of(arm: Arm) -> dict[str, Any]:
+    """Return what tells an arm from another, as it stands in the records."""
+    return arm.model_dump(mode="json", exclude_defaults=True, exclude={"name", "rates", "seeds"})
+
+
 def key(arm: str, rate: float, seed: int) -> str:
     """Return the name of a run."""
     return f"{arm} | {rate:g} | {seed}"
@@ -276,43 +301,52 @@ def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def table(spec: RemedySpec, records: list[dict[str, Any]]) -> str:
-    """Return a Markdown table, one row an arm and rate."""
+    """Return a Markdown table, one row an arm and rate; paired differences are of runs that did not diverge."""
     found = {record["key"]: record for record in records}
     rows = [
-        "| arm | rate | n | diverged | failed | diverged at | final loss | - reference | - rival |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| arm | rate | steps | n | diverged | failed | diverged at | final loss | - reference | - rival |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in spec.arms:
         for rate in arm.rates or spec.rates:
-            runs = [found[k] for seed in arm.seeds or spec.seeds if (k := key(arm.name, rate, seed)) in found]
-            if not runs:
-                continue
-            dead = [run["diverged_at"] for run in runs if run["diverged_at"] is not None]
-            alive = [run for run in runs if run["diverged_at"] is None]
-            rows.append(
-                f"| {arm.name} | {rate:g} | {len(runs)} | {len(dead)} | {sum(run['failed'] for run in runs)} "
-                f"| {f'{statistics.median(dead):.0f}' if dead else '-'} "
-                f"| {f'''{statistics.median(run['loss'] for run in alive):.3f}''' if alive else '-'} "
-                f"| {_paired(alive, found, spec.reference.arm, spec.reference.rate)} "
-                f"| {_paired(alive, found, spec.rival, rate)} |"
-            )
+            keys = [key(arm.name, rate, seed) for seed in arm.seeds or spec.seeds]
+            runs = [found[each] for each in keys if each in found]
+            if runs:
+                rows.append(_row(spec, arm.name, rate, runs, found))
     return "\n".join(rows)
 
 
+def _row(spec: RemedySpec, arm: str, rate: float, runs: list[dict[str, Any]], found: dict[str, Any]) -> str:
+    ends = [run["diverged_at"] for run in runs if run["diverged_at"] is not None]
+    alive = [run for run in runs if run["diverged_at"] is None]
+    cells = [
+        arm,
+        f"{rate:g}",
+        str(runs[0]["horizon"]),
+        str(len(runs)),
+        str(len(ends)),
+        str(sum(run["failed"] for run in alive)),
+        f"{statistics.median(ends):.0f}" if ends else "-",
+        f"{statistics.median(run['loss'] for run in alive):.3f}" if alive else "-",
+        _paired(alive, found, spec.reference.arm, spec.reference.rate),
+        _paired(alive, found, spec.rival, rate),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def _paired(runs: list[dict[str, Any]], found: dict[str, Any], arm: str, rate: float) -> str:
-    """Return the mean difference of held-out losses on the same seeds, with its interval."""
-    pairs = []
-    for run in runs:
-        other = found.get(key(arm, rate, run["seed"]))
-        if other is not None and other["held_out"] is not None:
-            pairs.append(run["held_out"] - other["held_out"])
-    if not pairs:
-        return "-"
-    differences = np.array(pairs)
+    """Return the mean difference of final losses on the same seeds and steps, so on the same batches; its interval."""
+    others = [found.get(key(arm, rate, run["seed"]), {"losses": []})["losses"] for run in runs]
+    pairs = [
+        run["loss"] - other[len(run["losses"]) - 1]
+        for run, other in zip(runs, others, strict=True)
+        if len(other) >= len(run["losses"])
+    ]
     if len(pairs) < 2:
-        return f"{differences[0]:+.3f}"
-    found_mean = estimate(lambda index: float(differences[index].mean()), len(pairs))
-    return f"{found_mean.value:+.3f} [{found_mean.low:+.3f}, {found_mean.high:+.3f}]"
+        return f"{pairs[0]:+.3f}" if pairs else "-"
+    differences = np.array(pairs)
+    mean = estimate(lambda index: float(differences[index].mean()), len(pairs))
+    return f"{mean.value:+.3f} [{mean.low:+.3f}, {mean.high:+.3f}]"
 
 
 def measure_overhead(spec: RemedySpec, arms: list[str] | None, rate: float = 0.004, steps: int = 240) -> None:

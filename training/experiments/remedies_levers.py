@@ -78,9 +78,7 @@ FORMS: dict[str, Form] = {
     "hinge": lambda x, y: kss_loss(x, y, variant="hinge"),
     "unstable": lambda x, y: kss_loss(x, y, beta=0.0),
     "near_unit": lambda x, y: (_soft(_moduli(x, y)) - 0.4).square(),
-    "near_unit_floor": lambda x, y: (0.8 - _soft(_moduli(x, y))).relu().square(),
     "radius": lambda x, y: (_moduli(x, y) - UPPER).relu().square().sum(),
-    "sigma": lambda x, y: (torch.linalg.svdvals(operator(x, y, whitened=True)) - 2.0).relu().square().mean(),
     "log_sigma": lambda x, y: torch.linalg.svdvals(operator(x, y, whitened=True)).log().relu().square().mean(),
     "kreiss": _kreiss,
     "growth": _growth,
@@ -156,7 +154,7 @@ class Remedy:
             run.penalties.append(self._shaping)
         run.optimizer.register_step_pre_hook(lambda *_: self._before_update())
         run.optimizer.register_step_post_hook(lambda *_: self._after_update())
-        if arm.logit_cap is not None or arm.form_cap is not None or arm.start == "logits":
+        if arm.logit_cap is not None or arm.form_cap is not None:
             for module in self._attentions:
                 self._watch(module)
 
@@ -174,10 +172,6 @@ class Remedy:
         self.active = False
         if self._shaping is not None:
             self._shaping.active = False
-
-    def largest_logit(self) -> float:
-        """Return a bound of the attention scores of the last batch: |scale| max|q| max|k|, over heads and layers."""
-        return max(float(self._bounds(module).max()) for module in self._attentions) if self._seen else 0.0
 
     def _before_update(self) -> None:
         if not self.active:
