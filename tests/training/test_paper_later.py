@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from pathlib import Path
@@ -45,10 +46,15 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "ROOT", tmp_path)
     (tmp_path / "docs" / "images").mkdir(parents=True)
     for spec in ("no_norm_recall", "norms_recall", "mup_recall", "lamb_recall", "moe_lm", "mamba_lm", "kan_lm"):
-        sweep = read_spec(contents.spec_of(spec))
-        runs = plan(sweep)
-        highest = max(run.settings[RATE] for run in runs)
-        keep(spec, [_record(run.key, run.group, run.config(sweep), run.settings[RATE] == highest) for run in runs])
+        keep(spec, _records(spec))
+
+
+@functools.cache
+def _records(spec: str) -> list[dict[str, Any]]:
+    sweep = read_spec(contents.spec_of(spec))
+    runs = plan(sweep)
+    highest = max(run.settings[RATE] for run in runs)
+    return [_record(run.key, run.group, run.config(sweep), run.settings[RATE] == highest) for run in runs]
 
 
 def _record(key: str, group: str, config: Config, diverged: bool) -> dict[str, Any]:
