@@ -160,7 +160,7 @@ def carry_out(spec: RescueSpec, planned: RescueRun, folder: Path, port_file: Pat
     drive(run, [companion, *usual(run)], stop=lambda: companion.hopeless)
     seconds = time.perf_counter() - began
     result = conclude(run, seconds=seconds)
-    shutil.rmtree(output)
+    shutil.rmtree(output, ignore_errors=True)  # the watcher lets go of its locks there at the same time
     training = sum(length for length, _ in companion.records)
     loss, finished = result["loss"], result["status"] == "finished"
     return {
