@@ -57,9 +57,8 @@ def _paired(none: list[Record], kss: list[Record], rate: float) -> str:
     found = mean(sorted(differences), 3)
     if found.runs < 2:
         return "Too few runs are made to compare the losses."
-    sides = "lower" if found.value < 0 else "higher"
     sure = ", which is within the noise" if found.low <= 0 <= found.high else ""
-    return f"At the rate {rate:g} KSS leaves the held-out loss {sides}, by {found} pairs{sure}."
+    return f"At the rate {rate:g} KSS changes the held-out loss by {found} pairs{sure}."
 
 
 def _model(record: Record) -> tuple[object, ...]:
