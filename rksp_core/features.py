@@ -36,7 +36,10 @@ _SPECTRAL: dict[str, tuple[str, Callable[[Sequence[float]], float], bool]] = {
 }
 
 SPECTRAL = tuple(_SPECTRAL)
-FEATURES = (*SPECTRAL, "not_finite_layers", "not_finite_figures", "loss", "gradient_norm")
+# Of the model's matrices and of the trainer, beside the spectra.
+WEIGHTS = ("log_weight_norm_max", "log_weight_norm_head")
+TRAINER = ("loss", "gradient_norm", "log_gradient_norm")
+FEATURES = (*SPECTRAL, *WEIGHTS, "not_finite_layers", "not_finite_figures", *TRAINER)
 
 # Of `rksp_core.wasserstein`: these have no value of their own, only one between two profiles.
 DISTANCES = ("wasserstein_mean", "wasserstein_max")
@@ -64,8 +67,9 @@ def features(profile: ModelProfile) -> dict[str, float]:
     """Return the finite numbers of a profile that drift is measured in; one that is unknown is left out.
 
     Names are those of `FEATURES`: masses in [0, 1], logarithms natural (of the mean or the maximum over the layers),
-    ``not_finite_layers`` a count; ``loss`` and ``gradient_norm`` as the trainer wrote them into its own profile, and
-    ``not_finite_figures`` the number of those that were NaN or infinite.
+    ``log_weight_norm_max`` of the largest spectral norm of a matrix in the blocks, ``log_weight_norm_head`` of one
+    outside them, ``not_finite_layers`` a count; ``loss`` and ``gradient_norm`` as the trainer wrote them into its own
+    profile, and ``not_finite_figures`` the number of those that were NaN or infinite.
     """
     numbers: dict[str, float] = {}
     for name, (source, over_layers, logarithm) in _SPECTRAL.items():
@@ -74,6 +78,9 @@ def features(profile: ModelProfile) -> dict[str, float]:
             value = over_layers(known)
             numbers[name] = _log(value) if logarithm else float(value)
     numbers["not_finite_layers"] = float(sum("not_finite" in layer.status for layer in profile.layers))
+    for name, norm in zip(WEIGHTS, (profile.weights.blocks, profile.weights.head), strict=True):
+        if norm is not None and math.isfinite(norm):
+            numbers[name] = _log(norm)
     not_finite = set(profile.not_finite)
     for name in ("loss", "gradient_norm"):
         figure = getattr(profile, name)
@@ -83,6 +90,8 @@ def features(profile: ModelProfile) -> dict[str, float]:
             numbers[name] = float(figure)
         else:
             not_finite.add(name)
+    if "gradient_norm" in numbers:
+        numbers["log_gradient_norm"] = _log(numbers["gradient_norm"])
     numbers["not_finite_figures"] = float(len(not_finite))
     return numbers
 

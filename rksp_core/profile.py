@@ -136,13 +136,26 @@ SUMMARY_FIELDS = (
 
 
 @dataclass(frozen=True)
+class WeightNorms:
+    """The largest spectral norms of a model's matrices; None where there is no such matrix, or it is in shards.
+
+    ``blocks`` is over the matrices in the residual blocks, ``head`` over those of linear maps outside them (look-up
+    tables are no such maps). Made by `rksp_core.weight_norms`.
+    """
+
+    blocks: float | None = None
+    head: float | None = None
+
+
+@dataclass(frozen=True)
 class ModelProfile:
     """The profile of a model: its layers in depth order, and the settings and probe they belong to.
 
     Two profiles can be compared only when ``settings`` and ``probe["sha256"]`` agree.
     ``step``, ``loss`` and ``gradient_norm`` are filled by a trainer that writes its own profiles; ``not_finite`` names
     those of its figures that were NaN or infinite, which is another thing than not known. ``noise`` is the standard
-    error of the features by name (`rksp_core.noise`), where it was measured.
+    error of the features by name (`rksp_core.noise`), where it was measured. ``weights`` are the largest spectral norms
+    of the model's matrices, in the blocks and outside them.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -153,6 +166,7 @@ class ModelProfile:
     gradient_norm: float | None = None
     not_finite: tuple[str, ...] = ()
     noise: Mapping[str, float] = field(default_factory=dict)
+    weights: WeightNorms = field(default_factory=WeightNorms)
 
     @property
     def summary(self) -> dict[str, dict[str, float | None]]:
@@ -179,6 +193,9 @@ class ModelProfile:
             document["not_finite"] = list(self.not_finite)
         if self.noise:
             document["noise"] = dict(self.noise)
+        norms = {name: finite_or_none(value) for name, value in dataclasses.asdict(self.weights).items()}
+        if any(value is not None for value in norms.values()):
+            document["weight_norms"] = norms
         return document
 
     @classmethod
@@ -197,7 +214,7 @@ class ModelProfile:
         try:
             if not document["layers"]:
                 raise ValueError("it holds no layers")
-            noise = document.get("noise", {})
+            noise, norms = document.get("noise", {}), document.get("weight_norms", {})
             return cls(
                 layers=tuple(LayerProfile.from_dict(layer) for layer in document["layers"]),
                 settings=dict(document.get("settings", {})),
@@ -207,6 +224,7 @@ class ModelProfile:
                 gradient_norm=_number(document, "gradient_norm"),
                 not_finite=tuple(document.get("not_finite", ())),
                 noise={name: _number(noise, name, optional=False) for name in noise},
+                weights=WeightNorms(_number(norms, "blocks"), _number(norms, "head")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProfileError(f"the profile document is damaged ({error!r}); write it again") from error

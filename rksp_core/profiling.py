@@ -17,6 +17,7 @@ from rksp_core.moments import Moments
 from rksp_core.profile import LayerProfile, ModelProfile, finite_or_none
 from rksp_core.spectrum import CONTRACTIVE, LOWER, RESIDUAL_TOLERANCE, UPPER, spectrum
 from rksp_core.wasserstein import modulus_quantiles
+from rksp_core.weight_norms import weight_norms
 
 REMEDIES = {
     "rank_deficient": "the stream spans fewer directions than its width: use more varied tokens, or read m beside d",
@@ -105,7 +106,8 @@ def profile_model(
     }
     about = dict(probe or {})
     about.setdefault("sha256", batch_sha256(batch))
-    return ModelProfile(tuple(_profile_all(captured, options, executor, progress)), settings, about)
+    weights = weight_norms(model, [name for name, _ in captured])
+    return ModelProfile(tuple(_profile_all(captured, options, executor, progress)), settings, about, weights=weights)
 
 
 def profile_layer(

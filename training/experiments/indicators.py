@@ -32,6 +32,7 @@ from torch.nn import functional
 
 from rksp_core import find_blocks
 from rksp_core.untouched import as_written, evaluating
+from rksp_core.weight_norms import spectral_norm
 from training.models.gpt import Attention
 from training.run import Run
 from training.tasks import Batch
@@ -134,16 +135,9 @@ def _cosine(run: Run, before: Before) -> dict[str, float]:
 def _of_weights(model: nn.Module) -> dict[str, float]:
     inside = _names_of_blocks(model)
     named = [(name, weight.detach()) for name, weight in model.named_parameters() if weight.dim() == 2]
-    norms = [_spectral_norm(weight) for name, weight in named if name in inside]
-    head = [_spectral_norm(weight) for name, weight in named if name == "head.weight"]
+    norms = [spectral_norm(weight) for name, weight in named if name in inside]
+    head = [spectral_norm(weight) for name, weight in named if name == "head.weight"]
     return ({"weight_norm_max": max(norms)} if norms else {}) | ({"weight_norm_head": head[0]} if head else {})
-
-
-def _spectral_norm(weight: Tensor) -> float:
-    """By the Gram matrix of the shorter side: exact, and at width 64 cheaper than a power iteration that converges."""
-    weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
-    gram = weight @ weight.T
-    return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(gram)[-1]))) if gram.isfinite().all() else math.inf
 
 
 def _of_probe(run: Run, probe: Batch) -> dict[str, float]:
