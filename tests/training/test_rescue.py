@@ -154,3 +154,14 @@ def _timeless(record: dict[str, Any]) -> dict[str, Any]:
     """A record without what a clock has measured."""
     made = {"steps_made": record["overhead"]["steps"]}
     return {name: value for name, value in record.items() if name not in ("seconds", "overhead")} | made
+
+
+def test_the_records_that_are_kept_are_runs_of_their_plan() -> None:
+    kept = Path(__file__).parents[2] / "benchmarks" / "data" / "rescue"
+    planned = {spec.name: {run.key: run for run in plan(spec)} for spec in map(read_spec, SPECS)}
+    for folder in kept.iterdir():
+        records = list(Records(folder, SCHEMA))
+        assert len(records) >= 16
+        for each in records:
+            run = planned[each["experiment"]][each["key"].removeprefix(rescue.FREE)]
+            assert (each["arm"], each["seed"], each["point"]) == (run.arm.name, run.seed, run.point)
