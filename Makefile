@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODELS ?= models
 RUNS ?= runs
 
-.PHONY: demo test check lint setup bench soak clean
+.PHONY: demo test check lint setup bench paper soak clean
 
 demo: setup  ## preflight of a pretrained model on real text, then one unstable run with and without the loop
 	$(BIN)/python scripts/real_models.py $(MODELS)
@@ -35,6 +35,10 @@ bench: setup  ## every figure of the README and the CHANGELOG
 	$(BIN)/python benchmarks/checkpoint_bytes.py
 	$(BIN)/python benchmarks/scan_cost.py
 	$(BIN)/python benchmarks/scrape.py
+
+paper: setup  ## what is cheap of the paper's tables and figures, and docs/paper.md
+	$(BIN)/python -m training.experiments.paper
+	$(BIN)/python -m training.experiments.paper --render docs/paper.md
 
 soak: setup  ## the watcher's promises at full length: kills, broken files, 5000 checkpoints of 50 runs, faults (about an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
