@@ -228,7 +228,8 @@ class Policy:
     seconds an order holds, None for ever: it is renewed by the first event after half that time. A series (checkpoints,
     or the trainer's own profiles) whose newest step lies more than ``silent_after_steps`` behind the run's newest one
     has fallen silent: its level does not count until it is heard again. None: it always counts. With ``ratchet`` no
-    order is taken back when the level falls, as it does when a trainer goes back: only a higher level asks for another.
+    order is taken back when the level falls, as it does when a trainer goes back: only a higher level asks for another,
+    and a trainer that has to go back again gets the rung's ``learning_rate_scale`` once more on top: .5, .25, .125.
     ``rollback_margin``: how many steps before its last healthy event the run is trusted again, as trouble is older than
     its signs.
     """
@@ -375,7 +376,8 @@ class PolicyState:
     ``ordered_at`` is when it was given and ``ordered_until`` when its time is over, None for never, in seconds since
     the epoch. ``held`` says that a hold was in force when the state was made. ``kept_level`` is the highest level that
     a ratchet has answered, ``healthy_step`` the newest step of level 0 at which no rule fired, ``back_level`` the level
-    at which this excursion from level 0 was answered by a rollback, 0 before, and ``back_step`` the step of the last.
+    at which this excursion from level 0 was answered by a rollback, 0 before, ``back_step`` the step of the last, and
+    ``backs`` their number.
     """
 
     level: int = 0
@@ -390,6 +392,7 @@ class PolicyState:
     healthy_step: int | None = None
     back_level: int = 0
     back_step: int | None = None
+    backs: int = 0
 
     @property
     def step(self) -> int | None:
@@ -621,12 +624,15 @@ def _order(
         math.inf if policy.expires_in is None else at + policy.expires_in,
         math.inf if in_force is None or in_force.until is None else in_force.until,
     ]
+    backs = state.backs + (back_to is not None and in_force is None)
+    if policy.ratchet and in_force is None and backs > 1 and wanted.learning_rate_scale is not None:
+        wanted = dataclasses.replace(wanted, learning_rate_scale=wanted.learning_rate_scale**backs)
     # A person's word waits for no cool-down, nor does the policy at the end of it.
     due = _is_due(state, wanted, policy, at, min(ends), at_once=state.held or after.held)
     if not due and back_to is None:
         return after, None
     if back_to is not None:
-        after = dataclasses.replace(after, back_level=state.level, back_step=state.step or 0)
+        after = dataclasses.replace(after, back_level=state.level, back_step=state.step or 0, backs=backs)
     return dataclasses.replace(
         after,
         ordered=wanted,

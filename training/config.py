@@ -210,10 +210,19 @@ class Config(Section):
     @model_validator(mode="after")
     def _shards_can_be_had(self) -> Config:
         """FSDP2 replaces parameters by shards, which neither parametrizations nor second derivatives take."""
-        wrong = ("spectral_norm", "weight_norm", "gradient_penalty", "jacobian") if self.parallel == "fsdp" else ()
-        for name in wrong:
+        names = ("surprise", "spectral_norm", "weight_norm", "gradient_penalty", "jacobian")
+        for name in names if self.parallel == "fsdp" else ():
             if getattr(self.stabilizers, name) is not None:
                 raise ValueError(f"stabilizers.{name} cannot be had with parallel: fsdp; choose parallel: ddp")
+        return self
+
+    @model_validator(mode="after")
+    def _surprise_needs_second_moments(self) -> Config:
+        if self.stabilizers.surprise is not None and self.optimizer.name != "adamw":
+            raise ValueError(
+                f"stabilizers.surprise needs the second moments of optimizer.name: adamw, got {self.optimizer.name}; "
+                "use stabilizers.clip"
+            )
         return self
 
     @property

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rksp_core.surprise import clip_surprise
 from training.build import learning_rate
 from training.labels import judge
 from training.ranks import Ranks, sharded, synchronized, whole
@@ -85,9 +86,12 @@ def advance(run: Run) -> Record:
     rate *= run.follower.levers.learning_rate_scale or 1.0
     run.labels = judge(run.labels, step, figures.loss, float(norm))
     if not run.diverged:
+        if config.stabilizers.surprise is not None:
+            clip_surprise(run.optimizer, config.stabilizers.surprise)
         clip = run.follower.levers.clip or config.stabilizers.clip
         if clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+            left = norm if config.stabilizers.surprise is None else whole(nn.utils.get_total_norm(gradients))
+            nn.utils.clip_grads_with_norm_(parameters, clip, left)
         for group in run.optimizer.param_groups:
             group["lr"] = rate * group.get("factor", 1.0)
         run.optimizer.step()

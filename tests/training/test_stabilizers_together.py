@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rksp_core.errors import ConfigError
 from training.build import build_model
 from training.checkpoint import checkpoints
 from training.loop import train
@@ -27,6 +28,7 @@ COMBINATIONS = {
         "optimizer": {"name": "lion"},
         "stabilizers": {"sam": {}},
     },
+    "surprise-clip-kss": {"kss": KSS, "stabilizers": {"surprise": 1.0, "clip": 1.0}},
     "spectral-clip-lion": {"optimizer": {"name": "lion"}, "stabilizers": {"spectral_norm": {}, "clip": 0.5}},
     "spectral-sam-checkpointing": {
         "activation_checkpointing": True,
@@ -90,6 +92,26 @@ def test_the_rate_of_each_group_is_the_rate_times_its_factor(configure):
     record = advance(run)
     assert record.learning_rate == 1e-3
     assert {group["lr"] for group in run.optimizer.param_groups} == {1e-3, 0.25e-3}
+
+
+def test_a_clipped_surprise_does_not_enter_the_moments(configure):
+    """A penalty as heavy as a KSS term that goes wrong: without the limit it would move the weights as it likes."""
+    sections = {"schedule": {"warmup": 0}, "metrics": {"kss_ratio_every": 0}}
+    runs = [build_run(configure(stabilizers={"surprise": limit}, **sections), ALONE) for limit in (None, 1.0)]
+    for run in runs:
+        for _ in range(5):
+            advance(run)
+        for group in run.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.register_hook(lambda gradient: 1e4 * gradient)
+        advance(run)
+    moments = [max(float(state["exp_avg_sq"].max()) for state in run.optimizer.state.values()) for run in runs]
+    assert moments[0] > 1e4 * moments[1]
+
+
+def test_surprise_needs_adam(configure):
+    with pytest.raises(ConfigError, match=r"stabilizers\.surprise needs the second moments of optimizer\.name: adamw"):
+        configure(stabilizers={"surprise": 1.0}, optimizer={"name": "sgd"})
 
 
 def test_lamb_warms_up(configure):

@@ -28,6 +28,8 @@ SCHEMA = "rksp.sweep_plan/1"
 
 # What changes no figure of a run, and so does not tell two configurations apart.
 _FREE = {"run_id", "output", "seed", "device", "threads", "print_every", "checkpoint", "profile", "control", "metrics"}
+# Came after plans were made: left out where they are off, so that a run keeps its key.
+_LATER = {"stabilizers.surprise"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class PlannedRun:
 def configuration(config: Config, fault: Fault | None = None) -> dict[str, Any]:
     """Return what tells two configurations apart, by dotted key, every default filled in."""
     found = flat(config.model_dump(mode="json", exclude=_FREE))
+    found = {name: value for name, value in found.items() if name not in _LATER or value is not None}
     return found if fault is None else found | flat({"fault": fault.model_dump(mode="json")})
 
 

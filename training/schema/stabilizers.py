@@ -1,6 +1,7 @@
 """What keeps a run from diverging, beside KSS; each is off (null) unless named, and they combine.
 
     stabilizers: {clip: 1.0}
+    stabilizers: {surprise: 1.0}
     stabilizers: {sam: {rho: 0.05}}
     stabilizers: {spectral_norm: {iterations: 1}}
     stabilizers: {weight_norm: {}}
@@ -64,9 +65,14 @@ class ActivationVariance(ResidualL2):
 
 
 class Stabilizers(Section):
-    """``clip``: the largest gradient norm (Pascanu et al. 2013); the others: a section each."""
+    """``clip``: the largest gradient norm (Pascanu et al. 2013); the others: a section each.
+
+    ``surprise``: how many times its usual size a parameter's gradient may enter Adam's moments
+    (`rksp_core.surprise.clip_surprise`).
+    """
 
     clip: Positive | None = None
+    surprise: Positive | None = None
     sam: SAM | None = None
     spectral_norm: SpectralNorm | None = None
     weight_norm: WeightNorm | None = None
