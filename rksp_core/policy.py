@@ -127,35 +127,52 @@ class ConditionFinding:
 
 @dataclass(frozen=True)
 class Rule:
-    """A conjunction: it proposes ``level`` (1 elevated, 2 high, 3 critical) when ``all`` its conditions hold."""
+    """A conjunction: it proposes ``level`` (1 elevated, 2 high, 3 critical) when ``all`` its conditions hold.
+
+    It fires from step ``arm_after_step`` on, where they hold at ``in_a_row`` events of one series one after another.
+    """
 
     name: str
     level: int
     all: tuple[Condition, ...]
     arm_after_step: int = 0
+    in_a_row: int = 1
 
     def __post_init__(self) -> None:
         if self.level not in (1, 2, 3):
             raise PolicyError(f"rule {self.name!r}: level must be 1, 2 or 3, got {self.level!r}; correct the rule")
+        if not is_whole(self.in_a_row) or self.in_a_row < 1:
+            raise PolicyError(f"rule {self.name!r}: in_a_row must be at least 1, got {self.in_a_row!r}; correct it")
         if not self.all:
             raise PolicyError(f"rule {self.name!r} has no condition, so it would always fire; add one under `all`")
 
-    def judge(self, drift: Drift) -> RuleFinding:
-        """Return whether the rule fires, armed at this step and every condition held, and what each condition found."""
+    def judge(self, drift: Drift, before: int | None = None) -> RuleFinding:
+        """Return whether the rule fires, armed at this step and every condition held, and what each condition found.
+
+        ``before``: at how many armed events in a row they held before this one; None, where that is not known, is
+        enough.
+        """
         findings = tuple(condition.judge(drift) for condition in self.all)
         armed = drift.step >= self.arm_after_step
-        return RuleFinding(self.name, self.level, armed and all(finding.held for finding in findings), armed, findings)
+        row = 0
+        if armed and all(each.held for each in findings):
+            row = 1 + (self.in_a_row - 1 if before is None else before)
+        return RuleFinding(self.name, self.level, row >= self.in_a_row, armed, findings, row)
 
 
 @dataclass(frozen=True)
 class RuleFinding:
-    """What a rule found: whether it fired, whether it was armed yet, and what its conditions found."""
+    """What a rule found: whether it fired, whether it was armed yet, and what its conditions found.
+
+    ``row`` counts the armed events in a row at which all of them held, this one included.
+    """
 
     rule: str
     level: int
     fired: bool
     armed: bool
     conditions: tuple[ConditionFinding, ...]
+    row: int = 0
 
     @property
     def text(self) -> str:
@@ -165,13 +182,16 @@ class RuleFinding:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
         conditions = [finding.to_dict() for finding in self.conditions]
-        return {name: getattr(self, name) for name in ("rule", "level", "fired", "armed")} | {"conditions": conditions}
+        return {name: getattr(self, name) for name in ("rule", "level", "fired", "armed", "row")} | {
+            "conditions": conditions
+        }
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> RuleFinding:
         """Read the JSON form."""
         conditions = tuple(ConditionFinding.from_dict(finding) for finding in document["conditions"])
-        return cls(document["rule"], document["level"], document["fired"], document["armed"], conditions)
+        row = document.get("row", 0)
+        return cls(document["rule"], document["level"], document["fired"], document["armed"], conditions, row)
 
 
 # Healthy learning moves these numbers too, so every threshold is advisory. The first conjunction was the best alarm of
@@ -358,11 +378,15 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Series:
-    """What is remembered of one series: its level, its newest step, and its last proposals."""
+    """What is remembered of one series: its level, its newest step, its last proposals, and how long rules held.
+
+    ``rows`` counts, for each rule that asks for several, the events in a row at which all its conditions held.
+    """
 
     level: int = 0
     step: int | None = None
     proposals: tuple[int, ...] = ()
+    rows: Mapping[str, int] = field(default_factory=dict)
 
 
 # A ledger of before levels were kept by series holds one for all of them: the first that is heard goes on with it.
@@ -411,7 +435,7 @@ class PolicyState:
             shared = {name: values.pop(name) for name in ("step", "proposals")}
             values["series"] = {_SHARED: {"level": values["level"], **shared}}
         values["series"] = {
-            name: Series(each["level"], each["step"], tuple(each["proposals"]))
+            name: Series(each["level"], each["step"], tuple(each["proposals"]), each.get("rows", {}))
             for name, each in values["series"].items()
         }
         values["ordered"] = Levers(**values["ordered"])
@@ -484,9 +508,9 @@ def decide(
     before = state.series.get(evidence.series, state.series.get(_SHARED, Series()))
     if drift.late or (before.step is not None and drift.step <= before.step):
         return state, Decision(state.level, state.level, (), None, Reason(state.level, drift.step), late=True)
-    findings = tuple(rule.judge(drift) for rule in policy.rules)
+    heard, findings = _heard(before, drift, policy)
     fired = [rule for rule, finding in zip(policy.rules, findings, strict=True) if finding.fired]
-    after = _with(state, evidence.series, _heard(before, drift.step, fired, policy), policy)
+    after = _with(state, evidence.series, heard, policy)
     if after.level == 0:
         healthy = after.healthy_step if fired else max(drift.step, after.healthy_step or 0)
         after = dataclasses.replace(after, healthy_step=healthy, back_level=0)
@@ -532,8 +556,7 @@ def rewind(state: PolicyState, step: int, policy: Policy, kept: Iterable[Evidenc
         drift, before = evidence.drift, series.get(evidence.series, Series())
         if evidence.series not in undone or drift.late or drift.step >= step:
             continue
-        fired = [rule for rule in policy.rules if rule.judge(drift).fired]
-        series[evidence.series] = _heard(before, drift.step, fired, policy)
+        series[evidence.series], _ = _heard(before, drift, policy)
     return dataclasses.replace(
         state,
         series=series,
@@ -563,10 +586,14 @@ def replay_decisions(evidences: Iterable[Evidence], policy: Policy) -> list[Deci
     return decisions
 
 
-def _heard(series: Series, step: int, fired: Sequence[Rule], policy: Policy) -> Series:
+def _heard(series: Series, drift: Drift, policy: Policy) -> tuple[Series, tuple[RuleFinding, ...]]:
+    """Return the series with one more event, and what each rule found in that."""
+    findings = tuple(rule.judge(drift, series.rows.get(rule.name, 0)) for rule in policy.rules)
     keep = max(policy.raise_after, policy.clear_after)
-    proposals = (*series.proposals, max((rule.level for rule in fired), default=0))[-keep:]
-    return Series(_level(series.level, proposals, policy), step, proposals)
+    proposal = max((finding.level for finding in findings if finding.fired), default=0)
+    proposals = (*series.proposals, proposal)[-keep:]
+    rows = {rule.name: finding.row for rule, finding in zip(policy.rules, findings, strict=True) if rule.in_a_row > 1}
+    return Series(_level(series.level, proposals, policy), drift.step, proposals, rows), findings
 
 
 def _with(state: PolicyState, name: str, heard: Series, policy: Policy) -> PolicyState:

@@ -20,6 +20,7 @@ from rksp_core.policy import (
     Evidence,
     Hold,
     Policy,
+    PolicyError,
     PolicyState,
     Rule,
     Rung,
@@ -655,6 +656,27 @@ def test_a_trainer_that_went_back_is_healthy_again_and_is_taken_back_when_it_goe
         made.append((decision.order, decision.rollback_to))
     assert made == [(None, None), (None, None), (Levers(learning_rate_scale=0.25), 30)]  # half was not enough
     assert PolicyState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
+
+
+def test_a_rule_that_asks_for_several_events_counts_them_in_its_own_series():
+    rule = Rule("stays", 2, (Condition("loss", 1.0, "absolute"),), arm_after_step=20, in_a_row=2)
+    policy, state, fired = Policy(rules=(rule,), clear_after=1), PolicyState(), []
+    for step, loss, series in (
+        (10, 9.0, "profile"),  # not armed yet: it does not count
+        (20, 9.0, "profile"),
+        (25, 9.0, "checkpoint"),
+        (30, 9.0, "profile"),
+        (40, 0.0, "profile"),
+        (50, 9.0, "profile"),
+        (60, 9.0, "profile"),
+    ):
+        evidence = Evidence(Drift(step, {"loss": loss}), float(step), series)
+        state, decision = decide(state, evidence, policy)
+        state = PolicyState.from_dict(json.loads(json.dumps(state.to_dict())))
+        fired.append(bool(decision.rules[0].fired))
+    assert fired == [False, False, False, True, False, False, True]
+    with pytest.raises(PolicyError, match="in_a_row must be at least 1, got 0"):
+        dataclasses.replace(rule, in_a_row=0)
 
 
 def test_a_ratchet_gives_way_to_nothing_but_a_higher_level_and_a_person():
