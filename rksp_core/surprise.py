@@ -47,12 +47,23 @@ def clip_surprise(optimizer: torch.optim.Optimizer, limit: float = 1.0) -> float
                 "clip by the norm of the gradient"
             )
         gradients: list[Tensor] = [parameter.grad for parameter in known if parameter.grad is not None]
-        # The bias correction is a factor of sqrt(v); of a whole list at a time, as these are many small tensors.
+        # sqrt(v_hat) + eps = (sqrt(v) + eps c) / c with c = sqrt(1 - beta2^step): one pass over the entries is saved.
+        corrections = [(1 - group["betas"][1] ** step) ** 0.5 for step in _steps(states)]
         usual = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
-        torch._foreach_div_(usual, [(1 - group["betas"][1] ** float(state["step"])) ** 0.5 for state in states])
-        torch._foreach_add_(usual, group["eps"])
+        torch._foreach_add_(usual, [group["eps"] * correction for correction in corrections])
         lengths = torch.stack(torch._foreach_norm(torch._foreach_div(gradients, usual)))
-        surprises = lengths / lengths.new_tensor([gradient.numel() for gradient in gradients]).sqrt()
-        torch._foreach_mul_(gradients, list((limit / surprises).clamp(max=1.0).unbind()))
-        largest = max(largest, float(surprises.max()))
+        sizes = [gradient.numel() ** -0.5 for gradient in gradients]
+        surprises = [
+            length * correction * size
+            for length, correction, size in zip(lengths.tolist(), corrections, sizes, strict=True)
+        ]
+        for gradient, surprise in zip(gradients, surprises, strict=True):
+            if surprise > limit:
+                gradient.mul_(limit / surprise)
+        largest = max(largest, *surprises)
     return largest
+
+
+def _steps(states: list[dict[str, Tensor]]) -> list[float]:
+    steps: list[float] = torch.stack([state["step"] for state in states]).tolist()
+    return steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,12 @@ class TestLevers:
         task = moved(Arm(name="nothing"))
         both = moved(Arm(name="update", form="paper", apply="update", ratio=0.3))
         assert float((both - task).norm() / task.norm()) == pytest.approx(0.3, rel=1e-3)
+
+    def test_matrices_are_capped(self) -> None:
+        run, attention = self.attentive(Arm(name="cap", weight_cap=0.05, interval=1))
+        assert float(torch.linalg.matrix_norm(attention.query.weight.detach(), 2)) == pytest.approx(0.05, rel=1e-4)
+        blocks = [p for name, p in run.model.named_parameters() if "blocks" in name and p.dim() == 2]
+        assert max(float(torch.linalg.matrix_norm(p.detach(), 2)) for p in blocks) <= 0.05 * (1 + 1e-4)
 
     def test_scores_are_capped(self) -> None:
         run, attention = self.attentive(Arm(name="cap", logit_cap=0.01, interval=1))
@@ -174,8 +181,12 @@ class TestCommand:
         assert remedies.main([str(file), "--table"]) == 0
         nothing, half = capsys.readouterr().out.splitlines()[2:]
         assert nothing.startswith("| nothing | 0.01 | 6 | 2 | 0 | 2 | - |")
-        assert "+0.000 [+0.000, +0.000]" in nothing
+        assert nothing.split("|")[-3] == " +0.000 "
         assert half.startswith("| learning rate x 0.5 | 0.01 | 6 | 2 | 0 |")
+
+    def test_says_what_an_arm_costs(self, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert remedies.main([str(file), "--overhead", "--arms", "nothing"]) == 0
+        assert re.fullmatch(r"nothing: [+-][\d.]+% \([+-][\d.]+% to [+-][\d.]+%\)", capsys.readouterr().out.strip())
 
     def test_a_mistake_is_one_sentence(self, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         file.write_text(file.read_text() + "unknown: 1\n")

@@ -51,6 +51,7 @@ from training.schema.section import Count, NotNegative, Positive, Section, Share
 from training.step import Record, advance
 
 SCHEMA = "rksp.remedy_record/1"
+FEW = 5  # pairs, below which an interval would mislead
 FINAL = 50  # steps whose mean training loss is the final one
 WINDOW, JUMP = 50, 5.0  # start: gradient: a norm so many times the median of the window before
 
@@ -335,37 +336,42 @@ def _row(spec: RemedySpec, arm: str, rate: float, runs: list[dict[str, Any]], fo
 
 
 def _paired(runs: list[dict[str, Any]], found: dict[str, Any], arm: str, rate: float) -> str:
-    """Return the mean difference of final losses on the same seeds and steps, so on the same batches; its interval."""
+    """Return the mean difference of final losses on the same seeds and steps, so on the same batches.
+
+    With an interval where there are `FEW` pairs or more.
+    """
     others = [found.get(key(arm, rate, run["seed"]), {"losses": []})["losses"] for run in runs]
     pairs = [
         run["loss"] - other[len(run["losses"]) - 1]
         for run, other in zip(runs, others, strict=True)
         if len(other) >= len(run["losses"])
     ]
-    if len(pairs) < 2:
-        return f"{pairs[0]:+.3f}" if pairs else "-"
+    if len(pairs) < FEW:
+        return f"{statistics.mean(pairs):+.3f}" if pairs else "-"
     differences = np.array(pairs)
     mean = estimate(lambda index: float(differences[index].mean()), len(pairs))
     return f"{mean.value:+.3f} [{mean.low:+.3f}, {mean.high:+.3f}]"
 
 
-def measure_overhead(spec: RemedySpec, arms: list[str] | None, rate: float = 0.004, steps: int = 240) -> None:
-    """Print, for each arm, the processor time of steps with it over that of steps without, in turn by 20."""
+def measure_overhead(spec: RemedySpec, arms: list[str] | None, rate: float = 0.004, blocks: int = 13) -> None:
+    """Print, for each arm, the processor time of 20 steps with it over that of the 20 before, without; median, range.
+
+    Of the first two blocks, whose moments and caches are cold, nothing is taken.
+    """
     torch.set_num_threads(1)
     for arm in spec.arms:
         if arms and arm.name not in arms:
             continue
-        run, watch = start_run(spec, arm, rate, spec.seeds[0], steps=steps)
-        times: dict[bool, list[float]] = {True: [], False: []}
-        while run.step < steps:
-            on = run.step // 20 % 2 == 1
-            (watch.remedy.switch_on if on else watch.remedy.switch_off)()
+        run, watch = start_run(spec, arm, rate, spec.seeds[0], steps=20 * blocks)
+        times: list[float] = []
+        for block in range(blocks):
+            (watch.remedy.switch_on if block % 2 else watch.remedy.switch_off)()
             began = time.process_time()
             for _ in range(20):
                 advance(run)
-            times[on].append(time.process_time() - began)
-        ratios = [a / b for a, b in zip(times[True], times[False], strict=True)][1:]
-        print(f"{arm.name}: {statistics.median(ratios) - 1:+.1%} ({min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%})")
+            times.append(time.process_time() - began)
+        ratios = [times[block] / times[block - 1] - 1 for block in range(3, blocks, 2)]
+        print(f"{arm.name}: {statistics.median(ratios):+.1%} ({min(ratios):+.1%} to {max(ratios):+.1%})", flush=True)
 
 
 if __name__ == "__main__":

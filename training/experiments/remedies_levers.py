@@ -214,8 +214,9 @@ class Remedy:
             torch._foreach_mul_(self._matrices, 1 - arm.shrink)
         if arm.weight_cap is not None and self.run.step % arm.interval == 0:
             for weight in self._matrices:
-                norm = torch.linalg.matrix_norm(weight, 2)
-                weight.mul_((arm.weight_cap / norm).clamp(max=1.0))
+                short = weight if weight.shape[0] < weight.shape[1] else weight.T
+                squared = torch.linalg.eigvalsh(short @ short.T)[-1]  # half the time of the singular values
+                weight.mul_((arm.weight_cap * squared.rsqrt()).clamp(max=1.0))
         if arm.logit_cap is not None and self.run.step % arm.interval == 0:
             for module in self._attentions:
                 self._cap(module, arm.logit_cap)
