@@ -62,3 +62,26 @@ def test_a_profile_carries_them_through_its_file() -> None:
     assert ModelProfile.from_dict(profile.to_dict()).weights == profile.weights
     without = profile.to_dict() | {"weight_norms": {}}
     assert ModelProfile.from_dict(without).weights == WeightNorms()  # of an older version
+
+
+@pytest.mark.parametrize("size", [4, 2 * EXACT])
+def test_zeros_have_none_and_eight_bits_are_read(size: int) -> None:
+    assert spectral_norm(torch.zeros(size, size)) == 0
+    assert spectral_norm(torch.ones(size, size).to(torch.float8_e4m3fn)) == pytest.approx(size, rel=1e-5)
+
+
+def test_a_parametrized_matrix_counts_as_it_is_used_and_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 6)), nn.Linear(6, 2))
+    with torch.no_grad():
+        model[0][0].weight.mul_(100)
+        head = float(torch.linalg.svdvals(model[1].weight)[0])
+    nn.utils.parametrizations.spectral_norm(model[0][0], n_power_iterations=100)
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = weight_norms(model, ["0"])
+    assert found.blocks == pytest.approx(1.0, rel=1e-3)
+    assert found.head == pytest.approx(head, rel=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.training
+    assert model[0][0].training
