@@ -6,6 +6,7 @@ states after it, and the order, before the trainer can see it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -128,12 +129,18 @@ class Judge:
                 state.level, state.level, (), None, Reason(state.level, state.step), hold=hold
             )
         if decision is not None:
-            documents = self._documents(state, decision) | {"hold": {} if hold is None else hold.to_dict()}
+            documents = self._documents(state, decision) | {"hold": self._kept_of(hold)}
             self._ledger.decree(state.step or 0, decision.to_dict(), documents)
         elif state != self.state:
             self._ledger.store(self._documents(state, None))
         self.state, self._heard = state, hold
         return decision
+
+    def _kept_of(self, hold: Hold | None) -> dict[str, Any]:
+        """Return what is remembered of a hold; a watcher that only observes leaves its rollback to one that orders."""
+        if hold is None:
+            return {}
+        return (hold if self._settings.enforce else dataclasses.replace(hold, rollback_to=None)).to_dict()
 
     def _is_overtaken(self, event: Event) -> bool:
         """Whether this is old evidence, and a later event of its kind waits: a trainer must not be told of that.

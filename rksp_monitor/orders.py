@@ -9,11 +9,12 @@ from typing import Any
 
 from rksp_core.control import ControlWriter
 from rksp_core.errors import ConfigError
-from rksp_core.orders import Acknowledgement, Desired, Levers, seconds
+from rksp_core.orders import Acknowledgement, Desired, seconds
 from rksp_core.policy import Decision, PolicyState
 from rksp_monitor.ledger import Ledger
 from rksp_monitor.ownership import Owned, owned
 
+_PERSON = "a person: "  # how the reason of an order begins that the policy did not give
 STATE = "order"  # the ledger's name for the last order
 OWNER = "watcher"  # of the orders in a control folder: what its lock is called
 
@@ -66,16 +67,18 @@ class Orders:
         if decision.order is None or self._control is None:
             return {}
         last = self.last
-        levers, reason, hold = decision.order, decision.reason, decision.hold
+        levers, reason, hold, back_to = decision.order, decision.reason, decision.hold, decision.rollback_to
+        if back_to is None and hold is None:
+            back_to = self._unread(last, now)
         if hold is not None and hold.levers is not None:
-            reason = dataclasses.replace(reason, metric=f"a person: {hold.by}, {hold.reason}")
+            reason = dataclasses.replace(reason, metric=f"{_PERSON}{hold.by}, {hold.reason}")
         order = self._control.prepare(
             self._run,
             levers.kss,
             reason,
             clip=levers.clip,
             learning_rate_scale=levers.learning_rate_scale,
-            rollback_to=decision.rollback_to,
+            rollback_to=back_to,
             known=last.generation if last else 0,
             expires_in=None if until is None else until - now,
         )
@@ -105,10 +108,8 @@ class Orders:
         A monitor that only observed, or was told to forget its state, thinks otherwise, and would renew too late.
         """
         last = self.last
-        if last is None:
-            return dataclasses.replace(
-                state, ordered=Levers(), ordered_level=0, ordered_step=None, ordered_at=None, ordered_until=None
-            )
+        if last is None:  # nor was there a rollback, or anything for a ratchet to keep
+            return PolicyState(state.level, state.series, held=state.held, healthy_step=state.healthy_step)
         steps = [step for step in (state.ordered_step, last.reason.checkpoint_step) if step is not None]
         return dataclasses.replace(
             state,
@@ -135,10 +136,23 @@ class Orders:
 
         One that has run out asks for nothing any more. A trainer of another name does not answer for this one.
         """
-        last, answer = self.last, self.answer()
+        last = self.last
         if last is None or now - seconds(last.issued_at) <= within:
             return None
         if last.expires_at is not None and now > seconds(last.expires_at):
             return None
-        answered = answer is not None and answer.run_id == self._run and answer.generation >= last.generation
-        return None if answered else last
+        return None if self._answered(last) else last
+
+    def _answered(self, order: Desired) -> bool:
+        answer = self.answer()
+        return answer is not None and answer.run_id == self._run and answer.generation >= order.generation
+
+    def _unread(self, last: Desired | None, now: float) -> int | None:
+        """Return the step that the policy's last order asks to go back to, where the trainer has not answered it yet.
+
+        The next order takes its place in the control folder, maybe before the trainer has looked.
+        """
+        if last is None or last.rollback_to is None or (last.reason.metric or "").startswith(_PERSON):
+            return None
+        over = last.expires_at is not None and now > seconds(last.expires_at)
+        return None if over or self._answered(last) else last.rollback_to

@@ -838,3 +838,61 @@ def test_a_person_sends_a_run_back_once(bench: Bench):
     for _ in range(2):
         bench.run(enforce=True)
         assert (desired(bench)["generation"], desired(bench)["rollback_to"]) == (1, 60)
+
+
+def test_a_replay_that_a_rollback_overtakes_says_nothing_about_the_run_that_went_on(bench: Bench):
+    """The checkpoint was read before the trainer went back; its weights are no more when its profile is there."""
+
+    class Slow(FakeReplayer):
+        def replay(self, path: Path, *, noise: bool, tick: Callable[[], None]) -> Replayed:
+            if int(path.name[5:]) == 105:
+                rescued_by_hand(bench)
+                time.sleep(0.1)
+                tick()
+            return super().replay(path, noise=noise, tick=tick)
+
+    def rescued_by_hand(bench: Bench) -> None:
+        trainer = ControlListener(
+            bench.folder / "control", "run", Limits(learning_rate_scale=(0.1, 1.0)), clock=bench.clock
+        )
+        trainer.acknowledge(trainer.poll(106), 106, message="", rolled_back_to=80)
+        for path in (bench.folder / "profiles").iterdir():
+            if int(path.stem[5:]) > 80:
+                path.unlink()
+
+    bench.healthy(100)
+    bench.writer.write(profile(loss=99.0), 107, loss=99.0)
+    bench.run(policy=RESCUE, enforce=True)
+    tiny_model.save_folder(bench.folder, 105)
+    bench.run(Slow({105: profile(loss=99.0)}), policy=RESCUE, enforce=True)
+    assert bench.gauge("rksp_risk_level") == 0
+    assert bench.statuses()[105] == "skipped"
+
+
+def test_what_an_observing_watcher_would_have_ordered_does_not_bind_one_that_enforces(bench: Bench):
+    rescue = RESCUE | {"cooldown_steps": 1}
+    bench.healthy(100)
+    bench.writer.write(profile(loss=99.0), 107, loss=99.0)
+    bench.run(policy=rescue)
+    assert not (bench.folder / "control" / "desired.json").exists()
+    bench.writer.write(profile(loss=99.0), 110, loss=99.0)
+    bench.run(policy=rescue, enforce=True)
+    assert (desired(bench)["rollback_to"], desired(bench)["learning_rate_scale"]) == (100, 0.5)
+
+
+def test_a_person_sends_a_run_back_though_the_watcher_only_observed_at_first(bench: Bench):
+    bench.healthy(100)
+    write_hold(hold_file(bench.described.ledger), Hold(Levers(0.1), by="ann", rollback_to=60), bench.now)
+    bench.run()
+    bench.run(enforce=True)
+    bench.run(enforce=True)
+    assert (desired(bench)["generation"], desired(bench)["rollback_to"]) == (1, 60)
+
+
+def test_a_rollback_that_the_trainer_has_not_read_yet_is_asked_again_by_the_next_order(bench: Bench):
+    rescue = {"cooldown_steps": 50, "raise_after": 1, "ladder": {2: {"alpha": 0.1, "rollback": True}, 3: {"clip": 1.0}}}
+    bench.healthy(100)
+    bench.writer.write(profile(**ALARM), 110)
+    bench.writer.write(profile(loss=99.0), 120, loss=99.0)
+    bench.run(policy=rescue, enforce=True)
+    assert (desired(bench)["generation"], desired(bench)["clip"], desired(bench)["rollback_to"]) == (2, 1.0, 100)
