@@ -286,6 +286,8 @@ class Ledger:
         if before is not None:
             # The noise is measured now and then. What is compared went through JSON, which writes a float exactly.
             old, new = (dict(each, noise=None) for each in (unpack(before[0]), profile))
+            if "weight_norms" not in old:  # an older version judged it
+                new.pop("weight_norms", None)
             return old != new
         highest = self._database.execute(
             f"SELECT step, judged FROM events WHERE {same} AND set_aside = 0 ORDER BY step DESC LIMIT 1",  # noqa: S608

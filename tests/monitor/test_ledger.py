@@ -305,3 +305,17 @@ def test_a_scan_is_one_transaction_however_much_it_saw(tmp_path: Path):
         ledger._database.set_trace_callback(None)
         assert len(began) == 2
         assert (ledger.counts()["ready"], ledger.counts()["seen"]) == (100, 1)
+
+
+def test_a_profile_of_before_weight_norms_were_kept_is_compared_by_what_it_has(ledger: Ledger):
+    """A checkpoint that an older version judged and that was touched since: its weights are the same."""
+    old = {"layers": [1], "noise": None}
+    ledger.record(sighting(1, "first"))
+    judged = ledger.next_ready()
+    assert judged is not None
+    ledger.finish(judged, Outcome(old, {}, {}), {})
+    ledger.record(sighting(1, "touched"))
+    event = ledger.next_ready()
+    assert event is not None
+    assert not ledger.went_back(event, old | {"weight_norms": {"blocks": 2.0, "head": None}})
+    assert ledger.went_back(event, old | {"layers": [2], "weight_norms": {"blocks": 2.0, "head": None}})
