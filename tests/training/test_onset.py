@@ -69,8 +69,13 @@ def test_what_is_not_finite_is_trouble(value: float | None) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, CALM, 50])
 def test_a_run_that_never_got_on_its_feet_has_its_onset_at_the_start(steps: int) -> None:
-    assert onset([2.0, *[60.0] * (steps - 1)], [1.0] * steps, steps) == 1 if steps <= CALM else 2
     assert onset([None] * steps, [None] * steps, steps) == 1
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1, 1), (2, 1), (CALM, 1), (50, 50)])
+def test_a_level_of_nearly_all_steps_is_no_trouble_once_it_is_usual(steps: int, expected: int) -> None:
+    """60 from step 2 on: the median of the first steps is 60 itself from step 4 on, and nothing later is above it."""
+    assert onset([2.0, *[60.0] * (steps - 1)], [1.0] * steps, steps) == expected
 
 
 def test_losses_that_were_never_finite_before_tell_no_best() -> None:
