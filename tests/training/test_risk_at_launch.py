@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rksp_core import risk_fit
 from training.experiments import ranking, risk_at_launch
 from training.experiments.record import SCHEMA
 
@@ -50,7 +51,8 @@ def record(number: int, random: np.random.Generator) -> dict[str, Any]:
 def test_the_tables_say_what_helped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranking, "RESAMPLES", 100)
+    monkeypatch.setattr(ranking, "RESAMPLES", 40)
+    monkeypatch.setattr(risk_fit, "BOOTSTRAP", 20)
     random = np.random.default_rng(0)
     path = tmp_path / "records.jsonl.gz"
     with gzip.open(path, "wt") as stream:

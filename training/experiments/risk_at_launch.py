@@ -80,7 +80,9 @@ def _rate(record: Record) -> float:
 
 
 def _kappa(record: Record) -> float | None:
-    return record["initial"].get("eigenvector_condition", math.nan)  # put there by `_read`, where it was made up for
+    return record["initial"].get(
+        "eigenvector_condition", math.nan
+    )  # put there by `read_runs`, where it was made up for
 
 
 def _mass_times_kappa(record: Record) -> float | None:
@@ -115,10 +117,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     arguments = parser.parse_args(argv)
     try:
-        records = _read(arguments.records)
+        records = read_runs(arguments.records)
         tuning = [record for record in records if record["part"] == "tuning"]
         if arguments.other is not None:
-            reported = _read(arguments.other)
+            reported = read_runs(arguments.other)
         else:
             reported = [record for record in records if record["part"] == arguments.on]
         if not reported:
@@ -130,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _read(path: Path) -> list[Record]:
+def read_runs(path: Path) -> list[Record]:
     """Return the records, with the eigenvector condition where there is one."""
     records = list(read_records(path))
     known = eigenvector_condition.read((path if path.is_dir() else path.parent) / eigenvector_condition.FILE)
@@ -143,7 +145,7 @@ def _read(path: Path) -> list[Record]:
 def report(tuning: Sequence[Record], reported: Sequence[Record], label: Label, plot: Path | None = None) -> str:
     """Return the tables as Markdown."""
     bad = np.array([outcome_of(record, label=label).diverged for record in reported])
-    scores = {**predictions(tuning, reported, label), **{name: _column(reported, of) for name, of in BASELINES.items()}}
+    scores = {**predictions(tuning, reported, label), **{name: column(reported, of) for name, of in BASELINES.items()}}
     norms = np.array([record["configuration"]["model.arguments.norm"] for record in reported])
     depths = [record["configuration"]["model.arguments.depth"] for record in reported]
     groupings = None, numbered(norms), numbered(list(zip(norms, depths, strict=True)))
@@ -155,13 +157,13 @@ def report(tuning: Sequence[Record], reported: Sequence[Record], label: Label, p
         "|---|---|---|---|---|---|",
     ]
     for name, score in scores.items():
-        row = [_auroc(score, bad, groups) for groups in groupings]
+        row = [ranked(score, bad, groups) for groups in groupings]
         leads = [_lead(scores[MODEL], score, bad, groups) for groups in groupings[:2]] if name != MODEL else ["", ""]
         lines.append(f"| {name} | {' | '.join(map(str, [*row, *leads]))} |")
     within = {norm: norms == norm for norm in sorted(set(norms))}
     lines += ["", "| norm | runs | bad | risk model | learning rate |", "|---|---|---|---|---|"]
     for norm, members in within.items():
-        found = [_auroc(scores[name][members], bad[members], None) for name in (MODEL, "log learning rate")]
+        found = [ranked(scores[name][members], bad[members]) for name in (MODEL, "log learning rate")]
         lines.append(f"| {norm} | {members.sum()} | {bad[members].sum()} | {found[0]} | {found[1]} |")
     known = np.isfinite(scores[MODEL])
     probabilities, outcomes = scores[MODEL][known], bad[known]
@@ -255,12 +257,14 @@ def draw(probabilities: np.ndarray, bad: np.ndarray, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _column(records: Sequence[Record], of: Callable[[Record], float | None]) -> np.ndarray:
+def column(records: Sequence[Record], of: Score) -> np.ndarray:
+    """Return one score a run: not finite is the riskiest, NaN was not measured."""
     values = [of(record) for record in records]
     return np.array([math.inf if value is None else value for value in values])
 
 
-def _auroc(scores: np.ndarray, bad: np.ndarray, groups: np.ndarray | None) -> Estimate:
+def ranked(scores: np.ndarray, bad: np.ndarray, groups: np.ndarray | None = None) -> Estimate:
+    """Return the AUROC over the runs that have a score; `Estimate.runs` says how many they are."""
     known = np.flatnonzero(~np.isnan(scores))
     return estimate(lambda chosen: _auroc_of(scores, bad, groups, known[chosen]), len(known))
 

@@ -9,17 +9,14 @@ comparison that `training.experiments.risk_at_launch` prints.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
-from training.experiments import eigenvector_condition
 from training.experiments.outcomes import outcome_of
 from training.experiments.paper.contents import ROOT
 from training.experiments.paper.section import Section, same
-from training.experiments.ranking import Estimate, auroc, estimate, numbered
-from training.experiments.record import PACKED, Record, read_records
-from training.experiments.risk_at_launch import BASELINES, MODEL, predictions
+from training.experiments.ranking import Estimate, numbered
+from training.experiments.risk_at_launch import BASELINES, MODEL, column, predictions, ranked, read_runs
 
 TITLE = "scores, and how well they rank the runs that diverge"
 CHEAP = False  # made once, when the runs are complete: held-out runs are looked at as rarely as can be
@@ -45,49 +42,25 @@ HEADER = ("score", "AUROC: the paper", "AUROC: ours", "same sign", "ours, within
 
 def section(part: str = "held_out") -> Section:
     """Return the table for a part of the runs; what is kept and reported is ``held_out``."""
-    records = _records()
+    records = read_runs(RECORDS)
     tuning, judged = ([record for record in records if record["part"] == each] for each in ("tuning", part))
     bad = np.array([outcome_of(record).diverged for record in judged])
     norms = numbered([record["configuration"]["model.arguments.norm"] for record in judged])
-    scores = {name: _column(judged, of) for name, of in BASELINES.items()}
+    scores = {name: column(judged, of) for name, of in BASELINES.items()}
     scores[MODEL] = predictions(tuning, judged, "diverged")[MODEL]
-    found = {name: (_auroc(scores[name], bad), _auroc(scores[name], bad, norms)) for name in PUBLISHED}
+    found = {name: (ranked(scores[name], bad), ranked(scores[name], bad, norms)) for name in PUBLISHED}
     return Section(
         name="table_02",
         title=TITLE,
         setting=(
             f"{len(judged)} runs of the part {part} of specs/risk.yaml, {int(bad.sum())} diverged; the risk model was "
-            f"fitted to {len(tuning)} other runs. Bytes of a real text, widths 32 to 96, 2 to 8 blocks, horizon 800. "
-            "Larger is said to be riskier; an AUROC below .5 ranks the other way round."
+            f"fitted to {len(tuning)} other runs and gives a probability for {found[MODEL][0].runs} of these. Bytes of "
+            "a real text, widths 32 to 96, 2 to 8 blocks, horizon 800. Larger is said to be riskier; an AUROC below .5 "
+            "ranks the other way round."
         ),
         header=HEADER,
         rows=tuple(_row(name, *found[name]) for name in PUBLISHED),
         sentence=_sentence(found),
-    )
-
-
-def _records() -> list[Record]:
-    records = list(read_records(RECORDS / PACKED))
-    conditions = eigenvector_condition.read(RECORDS / eigenvector_condition.FILE)
-    for record in records:
-        if record["key"] in conditions:
-            record["initial"]["eigenvector_condition"] = conditions[record["key"]]
-    return records
-
-
-def _column(records: list[Record], of: Callable[[Record], float | None]) -> np.ndarray:
-    """One score a run: not finite is the riskiest, NaN was not measured."""
-    values = [of(record) for record in records]
-    return np.array([math.inf if value is None else value for value in values])
-
-
-def _auroc(scores: np.ndarray, bad: np.ndarray, groups: np.ndarray | None = None) -> Estimate:
-    known = np.flatnonzero(~np.isnan(scores))
-    return estimate(
-        lambda chosen: auroc(
-            scores[known[chosen]], bad[known[chosen]], None if groups is None else groups[known[chosen]]
-        ),
-        len(known),
     )
 
 
