@@ -17,6 +17,7 @@ import torch
 from rksp_core.capture import capture
 from rksp_core.dmd import EpsMode, whitened_dmd
 from rksp_core.spectrum import spectral_masses
+from training.experiments.paper.architectures import same_side
 from training.experiments.paper.runs import Mean, Share, accuracy, arms, diverged, fisher, mean, progress
 from training.experiments.paper.section import Section, said, same
 from training.models.gpt import GPT
@@ -106,7 +107,7 @@ def _row(norm: str, spectra: dict[tuple[str, str], Spectra]) -> tuple[str, ...]:
     records, reference = runs.get(name, []), diverged(runs.get(PUBLISHED[REFERENCE][0], []))
     share = diverged(records)
     signs = [
-        _above(published[0], PUBLISHED[REFERENCE][1][0], *(spectra[each, r][0] for each in (norm, REFERENCE)))
+        same_side(published[0], PUBLISHED[REFERENCE][1][0], *(spectra[each, r][0] for each in (norm, REFERENCE)))
         for r in READINGS
     ]
     more = None
@@ -123,13 +124,6 @@ def _row(norm: str, spectra: dict[tuple[str, str], Spectra]) -> tuple[str, ...]:
         paper_accuracy,
         str(accuracy(records)),
     )
-
-
-def _above(paper: float, paper_reference: float, ours: Mean, reference: Mean) -> bool | None:
-    """Return whether both differences have one sign; None where the paper has none, or ours lies within the noise."""
-    if paper == paper_reference or (ours.low <= reference.high and reference.low <= ours.high):
-        return None
-    return (ours.value > reference.value) == (paper > paper_reference)
 
 
 def _sentence(spectra: dict[tuple[str, str], Spectra]) -> str:

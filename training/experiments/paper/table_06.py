@@ -1,7 +1,7 @@
 """Table 6: what of KSS it is that helps, and whether a plain penalty would, in the setting of Table 3.
 
-The paper's correlation of -.87 is between the drop of near-unit mass and the drop of the diverged share, over its arms;
-ours is over the arms of this table, with the masses of the runs that reached a profile.
+The paper's correlation of -.87 is between the change of near-unit mass and the reduction of the diverged share, over
+its arms; ours is over the arms of this table, with the masses of the runs that reached a profile.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def section() -> Section:
     ours, low, high, count = _correlation()
     told = "-" if math.isnan(ours) else f"{ours:.2f} [{low:.2f}, {high:.2f}], n = {count} arms"
     agree = None if math.isnan(ours) else (ours < 0) == (CORRELATION < 0)
-    name = "correlation of the changes of near-unit mass and of the diverged share"
+    name = "correlation of the change of near-unit mass and the reduction of the diverged share"
     row = (name, str(CORRELATION), told, same(agree), *["-"] * 6)
     return Section(
         name="table_06",

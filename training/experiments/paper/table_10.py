@@ -44,6 +44,6 @@ def section() -> Section:
             max(ranks) < 130,
             pretrained.average(smol.trained[8]["near_unit_mass"])
             > 1.9 * pretrained.average(smol.trained[32]["near_unit_mass"]),
-            min(smol.trained[8]["eigenvector_condition"]) > 50,
+            min(min(smol.trained[prompts]["eigenvector_condition"]) for prompts in pretrained.PROMPTS) > 50,
         ),
     )
