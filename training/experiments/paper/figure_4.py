@@ -38,7 +38,9 @@ def section() -> Section:
         for prompts in pretrained.PROMPTS
     ]
     own = [found[name][prompts] for name in ("smollm2-135m", "minilm-l6") for prompts in pretrained.PROMPTS]
-    smol = next(model for model in models if model.name == "smollm2-135m").trained[PROMPTS][FIELD]
+    smol, mini = (next(model for model in models if model.name == name) for name in ("smollm2-135m", "minilm-l6"))
+    ratios = smol.trained[PROMPTS][FIELD]
+    falls, flat = (pretrained.averages(model.untrained[PROMPTS][FIELD]) for model in (smol, mini))
     return Section(
         name="figure_4",
         title=TITLE,
@@ -46,9 +48,12 @@ def section() -> Section:
         rows=tuple(rows),
         sentence=said(
             "In no model does the ratio rise with depth beyond what chance gives; in SmolLM2 it stays about 0.5, but "
-            "for single layers, and drops in the last three. With random weights it is flat or falls.",
+            "for single layers, and drops in the last three. With random weights it falls in SmolLM2, and is flat in "
+            "MiniLM.",
             not any(correlation > 0 and p < 0.05 for correlation, p in own),
-            0.45 < float(np.median(smol)) < 0.55 and max(smol[-3:]) < 0.8 * float(np.median(smol)),
+            0.45 < float(np.median(ratios)) < 0.55 and max(ratios[-3:]) < 0.8 * float(np.median(ratios)),
+            falls[2] < falls[1] < falls[0],
+            max(flat) - min(flat) < 0.02,
         ),
         figure=_draw(models),
     )
