@@ -34,8 +34,9 @@ def go_back(run: Run, observers: Sequence[Observer], step: int) -> int | None:
         return None
     with run.ranks.together():
         run.go_back(folder / f"step-{int(reached):08d}")
-        if run.ranks.first:
-            write_rollbacks(run.config, run.rollbacks)
     for observer in observers:
         observer.back(run)
+    with run.ranks.together():
+        if run.ranks.first:  # last: a run that is killed before is asked again when it is resumed, and goes back then
+            write_rollbacks(run.config, run.rollbacks)
     return run.step

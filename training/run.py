@@ -56,8 +56,8 @@ class Run:
 
     @property
     def data_offset(self) -> int:
-        """How far the batches run ahead of the steps, since those of stretches that were undone are left out."""
-        return self.rollbacks[-1].data_offset if self.rollbacks else 0
+        """How far the next batch runs ahead of its step, since those of stretches that were undone are left out."""
+        return next((each.data_offset for each in reversed(self.rollbacks) if each.reached <= self.step), 0)
 
     @property
     def diverged(self) -> bool:
@@ -100,10 +100,10 @@ class Run:
         CheckpointError
             When the checkpoint is damaged.
         """
-        left, diverged = self.step, self.diverged
+        left, diverged, ahead = self.step, self.diverged, self.data_offset
         self._load(checkpoint)
         seen = left + diverged - self.step  # a step that diverges has seen its batch
-        offset = self.data_offset + (seen if self.config.control.skip_batches else 0)
+        offset = ahead + (seen if self.config.control.skip_batches else 0)
         self.rollbacks.append(Rollback(left, self.step, diverged, offset))
 
     def _load(self, checkpoint: Path) -> dict[str, Any]:

@@ -166,3 +166,39 @@ def test_a_run_in_memory_has_nowhere_to_go_back_to(configure):
     assert run.rollbacks == []
     assert run.labels == Labels()
     assert run.follower.rollback is None
+
+
+def test_a_run_that_is_killed_while_it_goes_back_goes_back_when_it_is_resumed(configure, ordered_at, monkeypatch):
+    config = configure(**SECTIONS, control={"limits": {"rollbacks": 1}})
+    ordered_at(config, at=14, to=11, learning_rate_scale=0.5)
+    with monkeypatch.context() as killing:
+        killing.setattr(Profiles, "back", _killed)  # what was written later is there still, and nobody was answered
+        with pytest.raises(KeyboardInterrupt):
+            train(config, ALONE)
+    result = train(config, ALONE, resume=True)
+    assert [(each["left"], each["reached"]) for each in result["rollbacks"]] == [(12, 8)]
+    answer = json.loads((Path(config.output) / "control/applied.json").read_text())
+    assert answer["rolled_back_to"] == 8
+
+
+def _killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_run_that_is_resumed_from_before_a_rollback_sees_what_it_saw(configure, ordered_at):
+    """Its newer checkpoints were removed, as they were damaged."""
+    whole, parts = (configure(name, **SECTIONS) for name in ("whole", "parts"))
+    for config in (whole, parts):
+        ordered_at(config, at=14, to=8, learning_rate_scale=0.5)
+        train(config, ALONE, until=None if config is whole else 15)
+    for path in checkpoints(Path(parts.output) / "checkpoints"):
+        if int(path.name[5:]) > 4:
+            path.rename(path.with_name(f".gone-{path.name}"))
+    train(parts, ALONE, resume=True, until=8)
+    seen = [json.loads(line)["loss"] for line in (Path(parts.output) / "metrics.jsonl").read_text().splitlines()]
+    plain = build_run(configure("plain", **SECTIONS), ALONE)
+    assert seen[4:] != []
+    first = [advance(plain).loss for _ in range(4)]
+    assert seen[:4] == first
+    plain.follower.levers = Levers(learning_rate_scale=0.5)  # the order that was given holds, whatever the step
+    assert seen[4:] == [advance(plain).loss for _ in range(4)]
