@@ -10,6 +10,7 @@ import torch
 
 from rksp_core import profile_model
 from rksp_core.errors import ConfigError
+from training.experiments import intervals
 from training.experiments.paper import __main__ as command
 from training.experiments.paper import contents, overhead, runs, table_01
 from training.experiments.paper.page import markdown, page
@@ -23,11 +24,12 @@ from training.tasks.associative_recall import AssociativeRecall
 
 PAGE = contents.ROOT / "docs" / "paper.md"
 SPECS = sorted(contents.SPECS.glob("*.yaml"))
+COUNTED = [f"table_{number:02}" for number in (*range(3, 11), *range(12, 16))]  # the others profile models, or draw
 SECTION = Section(
     name="table_03",
     title="stabilizers",
     setting="Width 64, 12 runs.",
-    rows=(("none", "66.7 %", str(runs.Share(8, 12)), same(None)), ("KSS 0.15", "12.5 %", "1 of 12", same(True))),
+    rows=(("none", "66.7 %", str(intervals.Share(8, 12)), same(None)), ("KSS 0.15", "12.5 %", "1 of 12", same(True))),
     sentence="Too few to say.",
     figure="docs/images/report.png",
 )
@@ -35,6 +37,11 @@ SECTION = Section(
 
 def test_the_page_is_what_the_kept_results_render_to() -> None:
     assert PAGE.read_text() == page(PAGE.parent)
+
+
+@pytest.mark.parametrize("name", [name for name in COUNTED if contents.result_of(name).exists()])
+def test_a_kept_result_is_what_its_kept_runs_say(name: str) -> None:
+    assert contents.chapter(name).section() == read_section(contents.result_of(name))
 
 
 @pytest.mark.parametrize("name", contents.names())
@@ -94,21 +101,21 @@ def test_a_share_has_the_interval_of_wilson() -> None:
         p = count / n
         half = (z2 * p * (1 - p) / n + (z2 / n) ** 2 / 4) ** 0.5
         wanted = [(p + z2 / (2 * n) + sign * half) / (1 + z2 / n) for sign in (-1, 1)]
-        assert runs.Share(count, n).interval() == pytest.approx(wanted, abs=1e-10)
-    assert str(runs.Share(0, 0)) == "no run"
+        assert intervals.Share(count, n).interval() == pytest.approx(wanted, abs=1e-10)
+    assert str(intervals.Share(0, 0)) == "no run"
 
 
 def test_the_lady_tastes_no_tea() -> None:
     """Fisher 1935: three of four cups right; (16 + 1) / 70 on either side."""
-    assert runs.fisher(runs.Share(3, 4), runs.Share(1, 4)) == pytest.approx(34 / 70)
+    assert intervals.fisher(intervals.Share(3, 4), intervals.Share(1, 4)) == pytest.approx(34 / 70)
 
 
 def test_a_mean_has_the_interval_of_student() -> None:
-    found = runs.mean([1.0, None, 3.0])
+    found = intervals.mean([1.0, None, 3.0])
     assert (found.value, found.runs) == (2.0, 2)
     assert found.high - found.value == pytest.approx(12.706204736)  # t of one degree of freedom, times 1
-    assert str(runs.mean([0.5], digits=1)) == "0.5, n = 1"
-    assert str(runs.mean([None])) == "no run"
+    assert str(intervals.mean([0.5], digits=1)) == "0.5, n = 1"
+    assert str(intervals.mean([None])) == "no run"
 
 
 @pytest.fixture
@@ -222,12 +229,12 @@ def test_spectra_at_initialization_are_those_of_a_profile(monkeypatch: pytest.Mo
 def test_norms_stand_beside_pre_ln(monkeypatch: pytest.MonkeyPatch) -> None:
     """The spectra are the paper's own; No-Norm diverges, and so does nothing else."""
 
-    def spectra(norm: str, initialization: str, _: str) -> tuple[runs.Mean, ...]:
+    def spectra(norm: str, initialization: str, _: str) -> tuple[intervals.Mean, ...]:
         figures = {"literal": (1.0, 0, 0) if norm == "no_norm" else (0.83, 0, 0), "normal": table_01.PUBLISHED[norm][1]}
         value = figures["literal" if initialization == "published" else "normal"]
         if norm in ("deepnorm", "subln") and initialization != "published":
             value = (value[0] + (norm == "deepnorm"), value[1], 9.0)
-        return tuple(runs.Mean(each, each, each, 3) for each in value)
+        return tuple(intervals.Mean(each, each, each, 3) for each in value)
 
     monkeypatch.setattr(table_01, "spectra_of", spectra)
     made_up("norms_recall", lambda run: run.group == "No-Norm")

@@ -15,6 +15,7 @@ import torch
 from rksp_core.errors import ConfigError
 from rksp_core.profile import LayerProfile
 from training.config import Config
+from training.experiments.intervals import Mean
 from training.experiments.paper import (
     architectures,
     contents,
@@ -30,7 +31,7 @@ from training.experiments.paper import (
     table_17,
     table_18,
 )
-from training.experiments.paper.runs import Mean, keep
+from training.experiments.paper.runs import keep
 from training.experiments.plan import configuration, plan
 from training.experiments.record import SCHEMA
 from training.experiments.spec import read_spec

@@ -23,7 +23,7 @@ from training.experiments.early_warning.series import DISTANCES, FORMS, PLACES, 
 INTERVALS = (10, 20, 50, 100)
 LEAD = 2  # checkpoints before the onset
 ARMED = (20, 60, 100)
-LEAST_GAIN = 2  # divergences that one more rule must catch
+LEAST_GAIN = 2  # catches, over all intervals and less the price, that one more rule must add
 RULES = 3  # at most
 ALARMED = 0.15  # of the healthy runs, at most, for one more rule
 FOLDS = 10
@@ -275,7 +275,8 @@ class Verdict:
 def left_out(table: Table, among: np.ndarray, price: float, most: int = RULES) -> Verdict:
     """Return the verdict on each run by the rules that were chosen without it, and without a tenth of the others.
 
-    The configurations of a sweep have one seed each, so leaving out a run leaves out its configuration.
+    The configurations of a sweep have one seed each, so leaving out a run leaves out its configuration. Only the units
+    of the conjunctions, how far each figure spreads, are of all healthy runs.
     """
     count = len(table.cases.healthy)
     folds = np.random.default_rng(0).permutation(count) % FOLDS

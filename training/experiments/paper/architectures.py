@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from rksp_core import ModelProfile, profile_model
-from training.experiments.paper.runs import Mean, Share, accuracy, arms, diverged, fisher, last, mean, progress
+from training.experiments.intervals import Mean, Share, fisher, mean
+from training.experiments.paper.runs import accuracy, arms, diverged, near_unit_mass, progress
 from training.experiments.paper.section import same
 from training.experiments.record import Record
 from training.models.gpt import GPT
@@ -149,7 +150,6 @@ def _row(
         side = same_side(theirs[0], their_reference[0], mass, over_seeds(reference, "near_unit_mass"))
     if share.runs and base.runs and share.value != base.value and theirs.diverged != their_reference.diverged:
         more = (share.value > base.value) == (theirs.diverged > their_reference.diverged)
-    later = [last(each, "near_unit_mass_mean") for each in records if each["profiles"]["step"][-1] > 0]
     return (
         name,
         f"{theirs.near_unit_mass:.2f}; {theirs.spectral_radius:.2f}; {theirs.third:.2f}",
@@ -160,7 +160,7 @@ def _row(
         same(more),
         "-" if theirs.accuracy is None else str(theirs.accuracy),
         str(accuracy(records)),
-        str(mean(later, within=(0, 1))),
+        str(near_unit_mass(records)),
     )
 
 

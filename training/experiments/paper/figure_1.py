@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from rksp_core.spectrum import LOWER, UPPER
+from training.experiments.intervals import mean
 from training.experiments.paper.architectures import SEEDS, STATES, over_seeds, untrained
 from training.experiments.paper.drawing import GREY, canvas, save
-from training.experiments.paper.runs import mean
 from training.experiments.paper.section import Section, said, same
 
 TITLE = "eigenvalues of the layers of a Pre-LN transformer"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from training.experiments.intervals import Mean, Share
 from training.experiments.paper import stabilizers
 from training.experiments.paper.drawing import BLUE, GREY, ORANGE, canvas, legend, save
-from training.experiments.paper.runs import Mean, Share, accuracy, diverged, last, mean
+from training.experiments.paper.runs import accuracy, diverged, near_unit_mass
 from training.experiments.paper.section import Section, same
 from training.experiments.paper.table_03 import PUBLISHED
 
@@ -20,12 +21,7 @@ def section() -> Section:
     runs = stabilizers.found()
     shares = {alpha: diverged(runs.get(name, [])) for alpha, name in ARMS.items()}
     accuracies = {alpha: accuracy(runs.get(name, [])) for alpha, name in ARMS.items()}
-    masses = {
-        alpha: mean(
-            [last(each, "near_unit_mass_mean") for each in runs.get(name, []) if each["profiles"]["step"][-1] > 0]
-        )
-        for alpha, name in ARMS.items()
-    }
+    masses = {alpha: near_unit_mass(runs.get(name, [])) for alpha, name in ARMS.items()}
     return Section(
         name="figure_2",
         title=TITLE,

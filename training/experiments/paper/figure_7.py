@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from training.experiments.intervals import Share, fisher
 from training.experiments.paper.contents import ROOT
 from training.experiments.paper.drawing import BLUE, GREEN, GREY, ORANGE, RED, canvas, save
-from training.experiments.paper.runs import Share, diverged, fisher
+from training.experiments.paper.runs import diverged
 from training.experiments.paper.section import Section, same
 from training.experiments.record import PACKED, Record, read_records
 

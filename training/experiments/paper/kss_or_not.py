@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from training.experiments.paper.runs import Mean, Share, diverged, fisher, last, mean
+from training.experiments.intervals import Mean, Share, fisher, mean
+from training.experiments.paper.runs import diverged
 from training.experiments.record import Record
 
 
@@ -18,11 +19,6 @@ def perplexity(records: list[Record], rate: float) -> Mean:
     """Return the held-out perplexity of the runs of a rate."""
     losses = [record["final"]["loss"] for record in at(records, rate)]
     return mean([None if loss is None else math.exp(loss) for loss in losses])
-
-
-def near_unit_mass(records: list[Record], rate: float) -> Mean:
-    """Return the near-unit mass of the last profile of the runs of a rate, mean over layers."""
-    return mean([last(record, "near_unit_mass_mean") for record in at(records, rate)])
 
 
 def effect(pair: Sequence[float], *, falls: bool) -> bool | None:

@@ -16,8 +16,8 @@ from rich.progress import track
 
 from rksp_core.atomic import write_atomic
 from rksp_core.errors import RkspError
+from training.experiments.intervals import mean
 from training.experiments.paper.contents import DATA, spec_of
-from training.experiments.paper.runs import mean
 from training.experiments.plan import PlannedRun, plan
 from training.experiments.spec import Spec, read_spec
 from training.ranks import Ranks

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import shutil
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-from scipy import stats
 
 from rksp_core.atomic import write_atomic
 from rksp_core.errors import ConfigError
 from training.experiments import sweep
+from training.experiments.intervals import Mean, Share, mean
 from training.experiments.paper.contents import ROOT, records_of, spec_of
 from training.experiments.plan import plan
 from training.experiments.record import PACKED, Record, compact, read_records
@@ -94,77 +90,21 @@ def progress(spec: str) -> str:
     return f"{planned} runs" if made == planned else f"{made} of {planned} runs so far"
 
 
-@dataclass(frozen=True)
-class Share:
-    """``count`` of ``runs``."""
-
-    count: int
-    runs: int
-
-    @property
-    def value(self) -> float:
-        """The share itself, NaN without a run."""
-        return self.count / self.runs if self.runs else math.nan
-
-    def interval(self) -> tuple[float, float]:
-        """Return the 95 % Wilson interval."""
-        found = stats.binomtest(self.count, self.runs).proportion_ci(0.95, method="wilson")
-        return float(found.low), float(found.high)
-
-    def __str__(self) -> str:
-        """Return e.g. ``8 of 12: 67 % [39, 86]``."""
-        if not self.runs:
-            return "no run"
-        low, high = self.interval()
-        return f"{self.count} of {self.runs}: {100 * self.value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
-
-
 def diverged(records: list[Record]) -> Share:
     """Return how many runs diverged, by the label ``rksp``."""
     return Share(sum(record["labels"]["rksp"] is not None for record in records), len(records))
-
-
-def fisher(one: Share, other: Share) -> float:
-    """Return the two-sided p of Fisher's exact test that both come from the same share."""
-    table = [[each.count, each.runs - each.count] for each in (one, other)]
-    return float(stats.fisher_exact(table).pvalue)
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over runs and its 95 % t interval, NaN where there are fewer than two; ``digits`` behind the point."""
-
-    value: float
-    low: float
-    high: float
-    runs: int
-    digits: int = 2
-
-    def __str__(self) -> str:
-        """Return e.g. ``48.2 [41.0, 55.4], n = 12``."""
-        if not self.runs:
-            return "no run"
-        d = self.digits
-        around = "" if math.isnan(self.low) else f" [{self.low:.{d}f}, {self.high:.{d}f}]"
-        return f"{self.value:.{d}f}{around}, n = {self.runs}"
-
-
-def mean(values: list[float | None], digits: int = 2, *, within: tuple[float, float] = (-math.inf, math.inf)) -> Mean:
-    """Return the mean of the values that are there; the interval is cut where no value can lie (`within`)."""
-    known = np.array([value for value in values if value is not None], dtype=float)
-    if not len(known):
-        return Mean(math.nan, math.nan, math.nan, 0, digits)
-    if len(known) == 1:
-        return Mean(float(known[0]), math.nan, math.nan, 1, digits)
-    half = float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known)))
-    middle = float(known.mean())
-    return Mean(middle, max(middle - half, within[0]), min(middle + half, within[1]), len(known), digits)
 
 
 def accuracy(records: list[Record]) -> Mean:
     """Return the mean held-out accuracy in percent; of a diverged run, that of its last finite state."""
     found = [record["final"]["accuracy"] for record in records]
     return mean([None if value is None else 100 * value for value in found], 1, within=(0, 100))
+
+
+def near_unit_mass(records: list[Record]) -> Mean:
+    """Return the mean near-unit mass of the last profile, of the runs that got to one after the start."""
+    later = [record for record in records if record["profiles"]["step"][-1] > 0]
+    return mean([last(record, "near_unit_mass_mean") for record in later], within=(0, 1))
 
 
 def last(record: Record, feature: str) -> float | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from training.experiments.intervals import Share, fisher
 from training.experiments.paper import overhead
-from training.experiments.paper.runs import Share, accuracy, arms, diverged, fisher, last, mean, progress
+from training.experiments.paper.runs import accuracy, arms, diverged, near_unit_mass, progress
 from training.experiments.paper.section import same
 from training.experiments.record import Record
 
@@ -79,12 +80,11 @@ def _row(
     effect = None
     if theirs is not None and share.runs and nothing.runs and share.value != nothing.value and name != NONE:
         effect = (share.value < nothing.value) == (theirs.diverged < their_nothing.diverged)
-    later = [last(record, "near_unit_mass_mean") for record in records if record["profiles"]["step"][-1] > 0]
     paper = ("-",) * 4
     if theirs is not None:
         mass, cost = theirs.near_unit_mass, theirs.overhead
         paper = (f"{theirs.diverged} %", str(theirs.accuracy), "-" if mass is None else f"{mass:.2f}", cost or "-")
-    ours = (str(share), str(accuracy(records)), str(mean(later, within=(0, 1))), costs.get(name, "-"))
+    ours = (str(share), str(accuracy(records)), str(near_unit_mass(records)), costs.get(name, "-"))
     return (
         name,
         paper[0],

@@ -17,8 +17,9 @@ import torch
 from rksp_core.capture import capture
 from rksp_core.dmd import EpsMode, whitened_dmd
 from rksp_core.spectrum import spectral_masses
+from training.experiments.intervals import Mean, Share, fisher, mean
 from training.experiments.paper.architectures import same_side
-from training.experiments.paper.runs import Mean, Share, accuracy, arms, diverged, fisher, mean, progress
+from training.experiments.paper.runs import accuracy, arms, diverged, progress
 from training.experiments.paper.section import Section, said, same
 from training.models.gpt import GPT
 from training.tasks import PROBE

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from training.experiments.paper import stabilizers
-from training.experiments.paper.runs import diverged, last, mean
+from training.experiments.paper.runs import diverged, near_unit_mass
 from training.experiments.paper.section import Section, same
 from training.experiments.paper.stabilizers import Published
 
@@ -57,9 +57,9 @@ def _correlation() -> tuple[float, float, float, int]:
     runs = stabilizers.found()
     points = []
     for name in [each for each in PUBLISHED if each != stabilizers.NONE]:
-        later = [last(each, "near_unit_mass_mean") for each in runs.get(name, []) if each["profiles"]["step"][-1] > 0]
-        if later:
-            points.append((mean(later).value, -diverged(runs[name]).value))
+        mass = near_unit_mass(runs.get(name, []))
+        if mass.runs:
+            points.append((mass.value, -diverged(runs[name]).value))
     if len(points) < 4 or min(np.ptp(points, axis=0)) == 0:
         return math.nan, math.nan, math.nan, len(points)
     found = stats.pearsonr(*np.transpose(points))

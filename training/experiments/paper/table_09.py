@@ -6,8 +6,8 @@ for who has the data and a GPU.
 
 from __future__ import annotations
 
-from training.experiments.paper.kss_or_not import against, at, effect, near_unit_mass
-from training.experiments.paper.runs import accuracy, arms, diverged, progress
+from training.experiments.paper.kss_or_not import against, at, effect
+from training.experiments.paper.runs import accuracy, arms, diverged, near_unit_mass, progress
 from training.experiments.paper.section import Section, same
 
 TITLE = "KSS in vision transformers"
@@ -53,7 +53,7 @@ def _row(norm: str) -> tuple[str, ...]:
     pair = [runs.get(norm, []), runs.get(f"{norm} + KSS", [])]
     shares = [diverged(each) for each in pair]
     accuracies = [accuracy(at(each, USUAL)) for each in pair]
-    masses = [near_unit_mass(each, USUAL) for each in pair]
+    masses = [near_unit_mass(at(each, USUAL)) for each in pair]
     return (
         norm,
         PUBLISHED[norm],

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from training.experiments.intervals import Mean
 from training.experiments.paper.architectures import SEEDS, STATES, over_seeds, same_side
-from training.experiments.paper.runs import Mean
 from training.experiments.paper.section import Section, said, same
 
 TITLE = "architectures, untrained"
