@@ -99,6 +99,8 @@ def _make(
     lockstep, done = not arguments.free_running, records.keys()
     left = [run for run in runs if _key(run, lockstep=lockstep) not in done][: arguments.limit]
     print(f"{spec.name}: {len(left)} runs are left in {folder}", flush=True)
+    if not left:
+        return 0
     failed = []
     with watching(spec, folder / "runs") as port_file, joblib.parallel_config("loky", n_jobs=arguments.jobs):
         parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
