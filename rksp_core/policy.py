@@ -399,7 +399,7 @@ class PolicyState:
 
     ``ordered_at`` is when it was given and ``ordered_until`` when its time is over, None for never, in seconds since
     the epoch. ``held`` says that a hold was in force when the state was made. ``kept_level`` is the highest level that
-    a ratchet has answered, ``healthy_step`` the newest step of level 0 at which no rule fired, ``back_level`` the level
+    a ratchet has answered, ``healthy_step`` the newest step of level 0 up to which no rule fired, ``back_level`` the level
     at which this excursion from level 0 was answered by a rollback, 0 before, ``back_step`` the step of the last, and
     ``backs`` their number.
     """
@@ -511,9 +511,12 @@ def decide(
     heard, findings = _heard(before, drift, policy)
     fired = [rule for rule, finding in zip(policy.rules, findings, strict=True) if finding.fired]
     after = _with(state, evidence.series, heard, policy)
-    if after.level == 0:
-        healthy = after.healthy_step if fired else max(drift.step, after.healthy_step or 0)
-        after = dataclasses.replace(after, healthy_step=healthy, back_level=0)
+    healthy = after.healthy_step
+    if fired:  # a checkpoint may be judged when profiles of later steps, on which nothing fired, were judged already
+        healthy = None if healthy is None else min(healthy, drift.step - 1)
+    elif after.level == 0:
+        healthy = max(drift.step, healthy or 0)
+    after = dataclasses.replace(after, healthy_step=healthy, back_level=0 if after.level == 0 else after.back_level)
     back_to = _rollback(after, policy) if _in_force(hold, at) is None else None
     after, order = _order(after, policy, hold, at, back_to)
     names = tuple(rule.name for rule in fired)

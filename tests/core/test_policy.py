@@ -622,6 +622,13 @@ def test_a_margin_goes_further_back_but_never_before_the_start():
     assert backs([0, 0, 0, 2], dataclasses.replace(BACK, rollback_margin=90)) == [(40, 0)]
 
 
+def test_a_checkpoint_that_is_judged_late_says_that_the_trouble_is_older_than_the_profiles_knew():
+    state = PolicyState()
+    for name, step, level in (("profile", 10, 0.0), ("profile", 20, 0.0), ("checkpoint", 15, 3.0)):
+        state, decision = decide(state, Evidence(Drift(step, {"loss": level}), step, name), BACK)
+    assert decision.rollback_to == 14
+
+
 def test_without_an_event_in_health_there_is_nowhere_to_go_back_to():
     assert backs([2, 2, 3]) == [(10, None), (30, None)]
 
