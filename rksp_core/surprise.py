@@ -52,7 +52,7 @@ def clip_surprise(optimizer: torch.optim.Optimizer, limit: float = 1.0) -> float
         usual = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
         torch._foreach_add_(usual, [group["eps"] * correction for correction in corrections])
         lengths = torch.stack(torch._foreach_norm(torch._foreach_div(gradients, usual)))
-        sizes = [gradient.numel() ** -0.5 for gradient in gradients]
+        sizes = [max(gradient.numel(), 1) ** -0.5 for gradient in gradients]
         surprises = [
             length * correction * size
             for length, correction, size in zip(lengths.tolist(), corrections, sizes, strict=True)

@@ -65,3 +65,12 @@ def test_an_optimizer_without_second_moments_is_refused() -> None:
         clip_surprise(optimizer)
     with pytest.raises(ValueError, match="above 0"):
         clip_surprise(optimizer, 0.0)
+
+
+def test_a_parameter_without_entries_is_passed_over() -> None:
+    empty = nn.Parameter(torch.zeros(0))
+    optimizer = torch.optim.AdamW([empty])
+    empty.grad = torch.zeros(0)
+    optimizer.step()
+    empty.grad = torch.zeros(0)
+    assert clip_surprise(optimizer) == 0.0
