@@ -399,9 +399,9 @@ class PolicyState:
 
     ``ordered_at`` is when it was given and ``ordered_until`` when its time is over, None for never, in seconds since
     the epoch. ``held`` says that a hold was in force when the state was made. ``kept_level`` is the highest level that
-    a ratchet has answered, ``healthy_step`` the newest step of level 0 up to which no rule fired, ``back_level`` the level
-    at which this excursion from level 0 was answered by a rollback, 0 before, ``back_step`` the step of the last, and
-    ``backs`` their number.
+    a ratchet has answered, ``healthy_step`` the newest step of level 0 up to which no rule fired, ``back_level`` the
+    level at which this excursion from level 0 was answered by a rollback, 0 before, ``back_step`` the step of the last,
+    and ``backs`` their number.
     """
 
     level: int = 0
