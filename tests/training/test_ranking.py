@@ -64,7 +64,9 @@ def test_what_chance_alone_shows_is_the_plain_error_of_honest_probabilities() ->
     random = np.random.default_rng(0)
     honest = random.random(200)
     plain = [expected_calibration_error(honest, random.random(200) < honest) for _ in range(300)]
-    assert np.mean(plain) == pytest.approx(calibration_by_chance(honest), rel=0.05)
+    chance = calibration_by_chance(honest)
+    assert np.mean(plain) == pytest.approx(chance.value, rel=0.05)
+    assert np.quantile(plain, [0.025, 0.975]) == pytest.approx([chance.low, chance.high], rel=0.15)
     assert expected_calibration_error(np.full(10, 0.9), np.arange(10) < 4, bins=1) == pytest.approx(0.5, rel=1e-12)
 
 

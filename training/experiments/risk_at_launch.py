@@ -177,14 +177,11 @@ def _calibration(probabilities: np.ndarray, bad: np.ndarray, unknown: int, runs:
     lines = [f"{unknown} of {runs} runs are unlike those that were fitted and get no probability."]
     if not len(bad):
         return lines
-    plain, debiased = (
-        estimate(lambda chosen, of=of: of(probabilities[chosen], bad[chosen]), len(bad))
-        for of in (expected_calibration_error, calibration_error)
-    )
-    chance = calibration_by_chance(probabilities)
+    plain, chance = expected_calibration_error(probabilities, bad), calibration_by_chance(probabilities)
+    debiased = estimate(lambda chosen: calibration_error(probabilities[chosen], bad[chosen]), len(bad))
     said = (
-        f"Calibration error: expected {plain.value:.3f}, where perfect probabilities would show {chance:.3f} on so few "
-        f"runs; debiased, root mean square {debiased}."
+        f"Calibration error: expected {plain:.3f}, where perfect probabilities would show {chance} on so few runs; "
+        f"debiased, root mean square {debiased}."
     )
     lines += ["", said, "", "| told | happened | runs |", "|---|---|---|"]
     return lines + [f"| {told:.3f} | {share:.3f} | {count} |" for told, share, count in reliability(probabilities, bad)]

@@ -147,7 +147,8 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
     heads = [f"{run['rate']:g}: {run['onset']} ({run['diverged_at']})" for run in diverging]
     said = f"{len(diverging)} diverging runs (rate: onset (divergence)), {len(healthy)} healthy ones"
     lines = [
-        f"{said}. Steps before the onset from which on a figure is outside the healthy range, at most {WINDOW}.",
+        f"{said}. Steps before the onset from which on a figure is outside the healthy range, at most {WINDOW}. The "
+        f"healthy runs have lower rates: what is outside for all {WINDOW} may tell the rate, and not the time.",
         "",
         f"| figure | {' | '.join(heads)} | median | healthy steps outside |",
         "|---" * (len(heads) + 3) + "|",

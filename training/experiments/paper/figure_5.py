@@ -36,12 +36,11 @@ def section() -> Section:
     masses = np.array([record["initial"]["features"]["near_unit_mass_mean"] for record in records], dtype=float)
     bad = np.array([record["labels"]["rksp"] is not None for record in records])
     count = len(records)
-    error = estimate(lambda chosen: expected_calibration_error(masses[chosen], bad[chosen]), count)
     norms = [record["configuration"]["model.arguments.norm"] for record in records]
     groups = numbered(norms)
     ranked = estimate(lambda chosen: auroc(masses[chosen], bad[chosen]), count)
     within = estimate(lambda chosen: auroc(masses[chosen], bad[chosen], groups[chosen]), count)
-    chance = calibration_by_chance(masses)
+    error, chance = expected_calibration_error(masses, bad), calibration_by_chance(masses)
     bare = sum(norm == "no_norm" for norm, diverged in zip(norms, bad, strict=True) if diverged)
     return Section(
         name="figure_5",
@@ -52,16 +51,21 @@ def section() -> Section:
             f"{int(bad.sum())} of them diverged."
         ),
         rows=(
-            ("expected calibration error", str(ERROR), f"{error}, n = {count}", same(error.low > chance)),
+            (
+                "expected calibration error",
+                str(ERROR),
+                f"{error:.3f}, n = {count}",
+                same(error > chance.high or None),
+            ),
             ("AUROC", "0.995 (Table 2)", f"{ranked}, n = {count}", same(ranked.value > 0.5)),
             ("AUROC within norms", "-", f"{within}, n = {count}", "-"),
         ),
         sentence=(
-            f"Probabilities that are right would show an error of {chance:.3f} by chance with so many runs. {bare} of "
+            f"Probabilities that are right would show an error of {chance} by chance with so many runs. {bare} of "
             f"the {int(bad.sum())} runs that diverged have no norm, so what the score ranks is norms; what it knows "
             "beyond that is the AUROC within them."
         ),
-        figure=_draw(masses, bad, error.value),
+        figure=_draw(masses, bad, error),
     )
 
 
