@@ -145,10 +145,13 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
         leads = [lead(name, run, healthy) for run in diverging]
         rows.append((median(leads), name, leads, _strays(name, healthy)))
     heads = [f"{run['rate']:g}: {run['onset']} ({run['diverged_at']})" for run in diverging]
-    said = f"{len(diverging)} diverging runs (rate: onset (divergence)), {len(healthy)} healthy ones"
+    said = (
+        f"{len(diverging)} diverging runs (rate: onset (divergence)), {len(healthy)} healthy ones. Steps before the onset "
+        f"from which on a figure is outside the healthy range, at most {WINDOW}. The healthy runs have lower rates: what "
+        f"is outside for all {WINDOW} may tell the rate, and not the time."
+    )
     lines = [
-        f"{said}. Steps before the onset from which on a figure is outside the healthy range, at most {WINDOW}. The "
-        f"healthy runs have lower rates: what is outside for all {WINDOW} may tell the rate, and not the time.",
+        said,
         "",
         f"| figure | {' | '.join(heads)} | median | healthy steps outside |",
         "|---" * (len(heads) + 3) + "|",
