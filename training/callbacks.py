@@ -104,8 +104,9 @@ class Profiles:
     def back(self, run: Run) -> None:
         """Remove the profiles after the run's step: they are of weights that are no more."""
         for path in self._writer.folder.glob("step-*.json") if run.ranks.first else ():
-            if int(path.stem.removeprefix("step-")) > run.step:
-                path.unlink()
+            step = path.stem.removeprefix("step-")
+            if step.isdecimal() and int(step) > run.step:
+                path.unlink(missing_ok=True)
 
     def end(self, run: Run) -> None:
         """Do nothing: profiles are taken at their steps only."""

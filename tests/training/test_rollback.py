@@ -202,3 +202,13 @@ def test_a_run_that_is_resumed_from_before_a_rollback_sees_what_it_saw(configure
     assert seen[:4] == first
     plain.follower.levers = Levers(learning_rate_scale=0.5)  # the order that was given holds, whatever the step
     assert seen[4:] == [advance(plain).loss for _ in range(4)]
+
+
+def test_a_file_of_another_name_among_the_profiles_is_left_alone(configure, ordered_at):
+    config = configure(**SECTIONS)
+    ordered_at(config, at=14, to=11)
+    copy = Path(config.output) / "profiles/step-00000012 (copy).json"
+    copy.parent.mkdir(parents=True)
+    copy.write_text("{}")
+    assert train(config, ALONE, until=15)["rollbacks"][0]["reached"] == 8
+    assert copy.exists()
