@@ -146,9 +146,9 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
         rows.append((median(leads), name, leads, _strays(name, healthy)))
     heads = [f"{run['rate']:g}: {run['onset']} ({run['diverged_at']})" for run in diverging]
     said = (
-        f"{len(diverging)} diverging runs (rate: onset (divergence)), {len(healthy)} healthy ones. Steps before the onset "
-        f"from which on a figure is outside the healthy range, at most {WINDOW}. The healthy runs have lower rates: what "
-        f"is outside for all {WINDOW} may tell the rate, and not the time."
+        f"{len(diverging)} diverging runs (rate: onset (divergence)), {len(healthy)} healthy ones. Steps before the "
+        f"onset from which on a figure is outside the healthy range, at most {WINDOW}. The healthy runs have lower "
+        f"rates: what is outside for all {WINDOW} may tell the rate, and not the time."
     )
     lines = [
         said,
