@@ -100,8 +100,10 @@ class Judge:
         self.state, self._overtaken = state, documents["overtaken"]
         return Judgement(drift, decision, rewound)
 
-    def went_back(self, step: int, generation: int) -> bool:
+    def went_back(self, step: int, generation: int, at: float) -> bool:
         """Undo what came after ``step``, to which the trainer says that this order has taken it; False if it is known.
+
+        ``at`` is when it said so, in seconds since the epoch.
 
         The next event says so too, for whoever replays the history.
         """
@@ -109,10 +111,17 @@ class Judge:
             return False
         state = policies.rewind(self.state, step + 1, self._settings.policy, self._kept(step + 1))
         documents = self._rewound(step + 1) | self._documents(state, None)
-        documents[_WENT_BACK] = {"generation": generation, "step": step, "told": False}
+        documents[_WENT_BACK] = {"generation": generation, "step": step, "at": at, "told": False}
         self._ledger.set_aside(step + 1, documents)
         self.state = state
         return True
+
+    def undone_by(self, event: Event) -> int | None:
+        """Return the step that the trainer went back to after the event's file was written, if it undid that."""
+        said = self._ledger.load(_WENT_BACK) or {}
+        if event.step <= said.get("step", event.step):
+            return None
+        return int(said["step"]) if _written(event) < said.get("at", 0.0) else None
 
     def obey(self, hold: Hold | None) -> Decision | None:
         """Take a person's word into account at once; return what it led to, None when it changed nothing.
@@ -149,11 +158,7 @@ class Judge:
         """
         if not self._ledger.later_ready(event.kind, event.step):
             return False
-        try:
-            written = event.path.stat().st_mtime
-        except OSError:
-            written = event.first_seen
-        return self._clock() - written > OLD_SECONDS
+        return self._clock() - _written(event) > OLD_SECONDS
 
     def _untold(self) -> dict[str, Any] | None:
         """Return the going back, as the trainer said it, that no event has told of since."""
@@ -195,3 +200,11 @@ class Judge:
     def _drift_state(self, kind: str) -> DriftState | None:
         stored = self._ledger.load(f"drift/{kind}")
         return DriftState.from_dict(stored) if stored else None
+
+
+def _written(event: Event) -> float:
+    """Return when the event's file was written, in seconds since the epoch; when it was seen, where it is gone."""
+    try:
+        return event.path.stat().st_mtime
+    except OSError:
+        return event.first_seen

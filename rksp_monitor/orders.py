@@ -124,12 +124,15 @@ class Orders:
         """Return the last acknowledgement in the control folder, whoever wrote it."""
         return None if self._control is None else self._control.applied()
 
-    def rollback(self) -> tuple[int, int] | None:
-        """Return the step that this run's trainer says it went back to, and the generation that asked for it."""
+    def rollback(self) -> tuple[int, int, float] | None:
+        """Return the step that this run's trainer says it went back to, the generation that asked for it, and when."""
         answer = self.answer()
         if answer is None or answer.run_id != self._run or answer.rolled_back_to is None:
             return None
-        return answer.rolled_back_to, answer.generation
+        try:
+            return answer.rolled_back_to, answer.generation, seconds(answer.at)
+        except ValueError:
+            return None
 
     def overdue(self, now: float, within: float) -> Desired | None:
         """Return the order that the trainer should have answered by now, if there is one.

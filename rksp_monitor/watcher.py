@@ -161,7 +161,6 @@ class RunWatcher:
         self._refused: set[Path] = set()
         self._settling: float = math.inf  # the first step that has yet to settle
         self._shown = -1
-        self._backs: list[int] = []  # the steps that the trainer said it went back to, since this watcher began
         self._hold: Hold | None = None
         self._said: dict[str, Any] = {}
         self.judged = 0
@@ -334,11 +333,10 @@ class RunWatcher:
             return
         before, event = event, dataclasses.replace(event, attempts=event.attempts + 1)
         self._ledger.claim(before)
-        backs = len(self._backs)
         try:
             profile = self._profile(event)
             with self._around.desk:
-                self._require_standing(event, self._backs[backs:])
+                self._require_standing(event)
                 self._finish(event, profile)
         except Abandoned:
             self._ledger.release(before)
@@ -357,11 +355,11 @@ class RunWatcher:
             self._log.exception("unexpected", step=event.step, path=str(event.path))
             self._fail(event, f"{event.path.name} cannot be judged ({type(error).__name__}: {error})")
 
-    def _require_standing(self, event: Event, backs: list[int]) -> None:
-        """Refuse the profile of weights that are no more: while they were replayed the trainer went back."""
-        reached = min(backs, default=event.step)
-        if reached < event.step:
-            raise UnsupportedCheckpoint(f"the trainer went back to step {reached} while {event.path.name} was read")
+    def _require_standing(self, event: Event) -> None:
+        """Refuse the profile of weights that are no more; the trainer may have gone back while they were replayed."""
+        reached = self._judge.undone_by(event)
+        if reached is not None:
+            raise UnsupportedCheckpoint(f"the trainer went back to step {reached} after {event.path.name} was written")
 
     def _put_off(self, error: RkspError) -> None:
         """Let checkpoints wait for a model or device that cannot be had; profiles need neither."""
@@ -493,7 +491,6 @@ class RunWatcher:
         if told is None or not self._is_news("rollback", told) or not self._judge.went_back(*told):
             return
         self._shown = -1
-        self._backs.append(told[0])
         self._board.count(self.run.name, "rksp_control_rollbacks_total")
         self._log.warning("rolled back", step=told[0], generation=told[1])
 

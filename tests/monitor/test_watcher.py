@@ -30,6 +30,7 @@ from rksp_core.limits import Limits
 from rksp_core.orders import KSSSettings, Levers, Reason, seconds
 from rksp_core.policy import Decision, Evidence, Hold, replay_decisions
 from rksp_monitor.config import RunSettings
+from rksp_monitor.discovery import Sighting
 from rksp_monitor.history import Selection, read_history
 from rksp_monitor.hold import hold_file, remove_hold, write_hold
 from rksp_monitor.ledger import open_ledger
@@ -840,33 +841,46 @@ def test_a_person_sends_a_run_back_once(bench: Bench):
         assert (desired(bench)["generation"], desired(bench)["rollback_to"]) == (1, 60)
 
 
-def test_a_replay_that_a_rollback_overtakes_says_nothing_about_the_run_that_went_on(bench: Bench):
-    """The checkpoint was read before the trainer went back; its weights are no more when its profile is there."""
+@pytest.mark.parametrize("seen", ["before", "meanwhile", "after"])
+def test_a_checkpoint_that_the_trainer_undid_says_nothing_about_the_run_that_went_on(bench: Bench, seen: str):
+    """It was written before the trainer went back, which leaves it there; it is replayed then, or later."""
+
+    def go_back() -> None:
+        trainer = ControlListener(
+            bench.folder / "control", "run", Limits(learning_rate_scale=(0.1, 1.0)), clock=bench.clock
+        )
+        trainer.acknowledge(trainer.poll(106), 106, rolled_back_to=80)
+        bench.now += 60
+
+    def save(step: int) -> None:
+        path = tiny_model.save_folder(bench.folder, step)
+        os.utime(path, (bench.now, bench.now))
 
     class Slow(FakeReplayer):
         def replay(self, path: Path, *, noise: bool, tick: Callable[[], None]) -> Replayed:
-            if int(path.name[5:]) == 105:
-                rescued_by_hand(bench)
+            if seen == "meanwhile" and not self.seen:
+                go_back()
                 time.sleep(0.1)
                 tick()
             return super().replay(path, noise=noise, tick=tick)
 
-    def rescued_by_hand(bench: Bench) -> None:
-        trainer = ControlListener(
-            bench.folder / "control", "run", Limits(learning_rate_scale=(0.1, 1.0)), clock=bench.clock
-        )
-        trainer.acknowledge(trainer.poll(106), 106, message="", rolled_back_to=80)
-        for path in (bench.folder / "profiles").iterdir():
-            if int(path.stem[5:]) > 80:
-                path.unlink()
-
     bench.healthy(100)
     bench.writer.write(profile(loss=99.0), 107, loss=99.0)
     bench.run(policy=RESCUE, enforce=True)
-    tiny_model.save_folder(bench.folder, 105)
-    bench.run(Slow({105: profile(loss=99.0)}), policy=RESCUE, enforce=True)
-    assert bench.gauge("rksp_risk_level") == 0
-    assert bench.statuses()[105] == "skipped"
+    save(105)
+    bench.now += 1
+    if seen == "before":
+        with bench.ledger() as ledger:
+            ledger.record(Sighting(bench.folder / "checkpoints/step-00000105", "folder", "checkpoint", 105, "f", True))
+    if seen != "meanwhile":
+        go_back()
+    replayer = Slow({105: profile(loss=99.0)})
+    bench.run(replayer, policy=RESCUE, enforce=True)
+    assert (bench.gauge("rksp_risk_level"), bench.statuses()[105]) == (0, "skipped")
+    assert desired(bench)["generation"] == 1
+    save(106)  # of the run that went on
+    bench.run(replayer, policy=RESCUE, enforce=True)
+    assert bench.statuses()[106] == "done"
 
 
 def test_what_an_observing_watcher_would_have_ordered_does_not_bind_one_that_enforces(bench: Bench):
