@@ -233,7 +233,6 @@ class ControlListener:
         self._signature: tuple[int, int, int] | None = None
         self._active = Levers.of(own, None, None)
         self._active_generation = self._obeyed = 0
-        self._led: tuple[int, int | None] | None = None  # the order that asked to go back last, and whereto that led
         self._highest, self._ended = self._acknowledged()
         self._before = self._highest  # a restart: this order was obeyed already
         self._pending_expiry: tuple[float, Desired] | None = None
@@ -276,7 +275,7 @@ class ControlListener:
         """Answer an order that `poll` returned: ``applied`` (an expired one says ``expired``), or ``rejected``.
 
         ``step`` is where the order was obeyed; ``rolled_back_to`` where the trainer went back to, if it was asked to
-        and could. What is said to the same order later, by a restarted trainer or at its end, repeats that.
+        and could.
 
         Raises
         ------
@@ -289,10 +288,6 @@ class ControlListener:
             if desired.expired:
                 status, message = "expired", message or "the order's time is over: KSS is off"
         asked = desired.rollback_to is not None
-        if asked:
-            self._led = desired.generation, rolled_back_to
-        elif self._led is not None and self._led[0] == desired.generation:  # the same order, again or at its end
-            asked, rolled_back_to = True, self._led[1]
         self._answer(desired.generation, step, status, message, rollback=asked, rolled_back_to=rolled_back_to)
 
     def restore(self, desired: Desired) -> None:
@@ -401,8 +396,6 @@ class ControlListener:
             return 0, 0
         if answer.run_id != self.run_id:
             return 0, 0
-        if answer.rollback:
-            self._led = answer.generation, answer.rolled_back_to
         return answer.active_generation, answer.generation if answer.status == "expired" else 0
 
 

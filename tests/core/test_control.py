@@ -544,19 +544,3 @@ def test_an_answer_says_that_a_loop_which_knows_no_rollback_stayed_where_it_was(
     listener.acknowledge(listener.poll(25), 25)
     assert answer(writer.folder)["schema"] == "rksp.control.ack/3"
     assert answer(writer.folder)["rolled_back_to"] is None
-
-
-def test_a_later_answer_to_the_order_still_says_whereto_it_led_for_a_watcher_that_was_away(
-    writer: ControlWriter, listener: ControlListener, clock: Clock
-) -> None:
-    writer.issue("run", ON, Reason(), rollback_to=20, expires_in=60)
-    listener.acknowledge(listener.poll(25), 25, rolled_back_to=16)
-    restarted = ControlListener(writer.folder, "run", clock=clock)
-    restarted.acknowledge(restarted.poll(18), 18)
-    assert answer(writer.folder)["rolled_back_to"] == 16
-    clock.now += 61
-    restarted.acknowledge(restarted.poll(30), 30)
-    assert (answer(writer.folder)["status"], answer(writer.folder)["rolled_back_to"]) == ("expired", 16)
-    writer.issue("run", ON, Reason())
-    restarted.acknowledge(restarted.poll(31), 31)
-    assert "rolled_back_to" not in answer(writer.folder), "another order"
