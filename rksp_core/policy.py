@@ -23,6 +23,8 @@ from rksp_core.features import DISTANCES, FEATURES
 from rksp_core.orders import Levers, Reason, is_number, is_whole
 
 LEVELS = ("ok", "elevated", "high", "critical")
+CRITICAL = 3
+LEAST_SCALE = 0.01  # of the learning rate, as far as a trainer that has to go back again and again is slowed down
 FOR_EVER = 1e9  # seconds, 31 years: a longer time ends where no calendar goes
 
 
@@ -249,7 +251,8 @@ class Policy:
     or the trainer's own profiles) whose newest step lies more than ``silent_after_steps`` behind the run's newest one
     has fallen silent: its level does not count until it is heard again. None: it always counts. With ``ratchet`` no
     order is taken back when the level falls, as it does when a trainer goes back: only a higher level asks for another,
-    and a trainer that has to go back again gets the rung's ``learning_rate_scale`` once more on top: .5, .25, .125.
+    and a trainer that has to go back again gets the rung's ``learning_rate_scale`` once more on top: .5, .25, .125,
+    down to `LEAST_SCALE`.
     ``rollback_margin``: how many steps before its last healthy event the run is trusted again, as trouble is older than
     its signs.
     """
@@ -632,10 +635,14 @@ def _in_force(hold: Hold | None, at: float) -> Hold | None:
 
 
 def _rollback(state: PolicyState, policy: Policy) -> int | None:
-    """Return the step to go back to where the level asks for it: once an excursion, unless the run got worse."""
+    """Return the step to go back to where the level asks for it: once an excursion, unless the run got worse.
+
+    The cool-down does not hold for the critical level: a run that diverged sends no later event.
+    """
     if not policy.rung(state.level).rollback or state.level <= state.back_level:
         return None
-    if state.back_step is not None and (state.step or 0) - state.back_step < policy.cooldown_steps:
+    since = math.inf if state.back_step is None else (state.step or 0) - state.back_step
+    if since < policy.cooldown_steps and state.level < CRITICAL:
         return None
     return None if state.healthy_step is None else max(0, state.healthy_step - policy.rollback_margin)
 
@@ -656,7 +663,8 @@ def _order(
     ]
     backs = state.backs + (back_to is not None and in_force is None)
     if policy.ratchet and in_force is None and backs > 1 and wanted.learning_rate_scale is not None:
-        wanted = dataclasses.replace(wanted, learning_rate_scale=wanted.learning_rate_scale**backs)
+        scale = max(wanted.learning_rate_scale**backs, min(wanted.learning_rate_scale, LEAST_SCALE))
+        wanted = dataclasses.replace(wanted, learning_rate_scale=scale)
     # A person's word waits for no cool-down, nor does the policy at the end of it.
     due = _is_due(state, wanted, policy, at, min(ends), at_once=state.held or after.held)
     if not due and back_to is None:

@@ -645,7 +645,20 @@ def test_a_renewal_takes_nobody_back_again():
 
 def test_rollbacks_keep_their_distance_while_the_levers_of_a_higher_level_do_not_wait():
     policy = dataclasses.replace(BACK, cooldown_steps=50)
-    assert backs([0, 2, 3, 3, 3, 3, 3], policy) == [(20, 10), (30, None), (70, 10)]
+    low = dataclasses.replace(policy, ladder={0: Rung(), 1: Rung(0.1, rollback=True), 2: Rung(0.2, rollback=True)})
+    assert backs([0, 1, 2, 2, 2, 2, 2], low) == [(20, 10), (30, None), (70, 10)]
+    assert backs([0, 2, 3, 3, 3, 3, 3], policy) == [(20, 10), (30, 10)]  # critical: there may be no later event
+
+
+def test_a_ratchet_slows_a_trainer_down_no_further_than_trainers_allow():
+    policy = dataclasses.replace(BACK, ratchet=True, ladder={3: Rung(learning_rate_scale=0.1, rollback=True)})
+    state, scales = PolicyState(), []
+    for begin in (100, 80, 60):
+        state = rewind(state, begin, policy)
+        for step, loss in ((begin, 0.0), (begin + 10, 3.0)):
+            state, decision = decide(state, Evidence(Drift(step, {"loss": loss}), float(step)), policy)
+        scales.append(decision.order and decision.order.learning_rate_scale)
+    assert scales == [0.1, pytest.approx(0.01), 0.01]
 
 
 def test_a_trainer_that_went_back_is_healthy_again_and_is_taken_back_when_it_goes_wrong_once_more():
