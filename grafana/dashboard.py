@@ -73,12 +73,13 @@ def variables() -> list[Any]:
 
 
 def switch_marks() -> list[dict[str, Any]]:
-    """Vertical lines where a risk level changed, an order was written, and the trainer switched KSS."""
+    """Vertical lines where a risk level changed, an order was written, and the trainer switched KSS or went back."""
     # Plain dictionaries: the SDK has no place for the Prometheus fields of an annotation (step, formats). The window
     # is twice the step, so that a switch between two evaluations is never lost.
     marks = (
         ("Risk level changed", "rksp_risk_level", "orange", "risk level of {{run}}"),
         ("KSS switched by the trainer", "rksp_control_applied_generation", "blue", "KSS switched in {{run}}"),
+        ("The trainer went back to a checkpoint", "rksp_control_rollbacks_total", "red", "{{run}} went back"),
         ("New order from the watcher", "rksp_control_desired_generation", "purple", "new order for {{run}}"),
     )
     return [
@@ -234,6 +235,13 @@ def signalling() -> list[Any]:
             "none",
             (f"rksp_control_desired_generation{{{RUN}}}", "{{run}} desired"),
             (f"rksp_control_applied_generation{{{RUN}}}", "{{run}} applied"),
+        ),
+        lines(
+            "Times the trainer went back",
+            "How often the trainer said that an order took it back to an earlier checkpoint. Each time costs the steps "
+            "since then; limits.rollbacks of the trainer ends it.",
+            "none",
+            (f"rksp_control_rollbacks_total{{{RUN}}}", "{{run}}"),
         ),
         timeline(
             "Held by a person, or overdue at the trainer",
