@@ -73,13 +73,12 @@ def variables() -> list[Any]:
 
 
 def switch_marks() -> list[dict[str, Any]]:
-    """Vertical lines where a risk level changed, an order was written, and the trainer switched KSS or went back."""
+    """Vertical lines where a risk level changed, an order was written, and the trainer switched KSS."""
     # Plain dictionaries: the SDK has no place for the Prometheus fields of an annotation (step, formats). The window
     # is twice the step, so that a switch between two evaluations is never lost.
     marks = (
         ("Risk level changed", "rksp_risk_level", "orange", "risk level of {{run}}"),
         ("KSS switched by the trainer", "rksp_control_applied_generation", "blue", "KSS switched in {{run}}"),
-        ("The trainer went back to a checkpoint", "rksp_control_rollbacks_total", "red", "{{run}} went back"),
         ("New order from the watcher", "rksp_control_desired_generation", "purple", "new order for {{run}}"),
     )
     return [
