@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from training.experiments import remedies
+from training.experiments import remedies, rescue_spec
 from training.experiments.remedies import Arm, RemedySpec, start_run
 from training.experiments.remedies_levers import FORMS, operator
 from training.loop import drive
@@ -138,10 +138,11 @@ class TestForms:
 class TestShipped:
     SCREEN = Path(remedies.__file__).parent / "specs/remedies/screen.yaml"
 
-    def test_the_trial_is_on_45_seeds_of_which_the_screen_has_none(self) -> None:
-        trial, screen = (remedies.read_spec(self.SCREEN.with_name(f"{name}.yaml")) for name in ("trial", "screen"))
-        assert len(set(trial.seeds)) == 45
-        assert not set(trial.seeds) & {seed for _, _, seed in remedies.plan(screen)}
+    def test_the_finalists_are_on_45_seeds_of_which_the_screen_has_none(self) -> None:
+        finalists = rescue_spec.read_spec(self.SCREEN.parents[1] / "rescue/finalists.yaml")
+        seeds = {run.seed for run in rescue_spec.plan(finalists)}
+        assert len(seeds) == 45
+        assert not seeds & {seed for _, _, seed in remedies.plan(remedies.read_spec(self.SCREEN))}
 
     def test_each_record_of_the_screen_is_of_an_arm_of_its_spec(self) -> None:
         screen = remedies.read_spec(self.SCREEN)
