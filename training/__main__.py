@@ -16,11 +16,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from rksp_core.errors import ConfigError, RkspError
+from rksp_core.errors import ConfigError
+from training.command import carried_out
 from training.config import Config, read_config
 
 DIVERGED = 4
-INTERRUPTED = 130
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -29,17 +29,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(format="training: %(message)s", stream=sys.stderr)
     logging.getLogger("training").setLevel(logging.INFO)
-    try:
-        if arguments.until is not None and arguments.until < 0:
-            raise ConfigError(f"--until takes a step of at least 0, got {arguments.until}")
-        config = read_config(arguments.config, arguments.set)
-        return _check(config) if arguments.check else _train(config, resume=arguments.resume, until=arguments.until)
-    except RkspError as error:
-        print(f"training: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("training: interrupted; --resume goes on from the newest checkpoint", file=sys.stderr)
-        return INTERRUPTED
+    return carried_out("training", lambda: _work(arguments), "--resume goes on from the newest checkpoint")
+
+
+def _work(arguments: argparse.Namespace) -> int:
+    if arguments.until is not None and arguments.until < 0:
+        raise ConfigError(f"--until takes a step of at least 0, got {arguments.until}")
+    config = read_config(arguments.config, arguments.set)
+    return _check(config) if arguments.check else _train(config, resume=arguments.resume, until=arguments.until)
 
 
 def _parser() -> argparse.ArgumentParser:

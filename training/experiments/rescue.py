@@ -26,12 +26,13 @@ import yaml
 from filelock import FileLock, Timeout
 
 from rksp_core.errors import ConfigError, RkspError
+from training.command import carried_out
 from training.experiments.record import Record, Records
 from training.experiments.rescue_report import table
 from training.experiments.rescue_run import SCHEMA, carry_out
 from training.experiments.rescue_spec import RescueRun, RescueSpec, plan, read_spec
 
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1
 START = 120.0  # seconds until a watcher that does not serve has not started
 FREE = "free-"  # before the keys of runs that were made without lockstep
 
@@ -39,14 +40,7 @@ FREE = "free-"  # before the keys of runs that were made without lockstep
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        return _rescue(arguments)
-    except RkspError as error:
-        print(f"rescue: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("rescue: interrupted; the same command goes on", file=sys.stderr)
-        return INTERRUPTED
+    return carried_out("rescue", lambda: _rescue(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

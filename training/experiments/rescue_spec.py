@@ -24,13 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from rksp_core.errors import ConfigError
-from training.config import Config, read_document
+from training.config import Config
 from training.experiments.plan import assemble
-from training.experiments.spec import Seed, Values
-from training.schema.mistakes import sentence
+from training.experiments.spec import Seed, Values, read_as
 from training.schema.section import Section, Whole
 
 
@@ -118,16 +117,5 @@ def plan(spec: RescueSpec) -> list[RescueRun]:
 
 
 def read_spec(path: Path) -> RescueSpec:
-    """Read a rescue's YAML; ``name`` defaults to the file's.
-
-    Raises
-    ------
-    ConfigError
-        When the file cannot be read, a key is unknown or a value is out of its range.
-    """
-    document = read_document(path)
-    document.setdefault("name", path.stem)
-    try:
-        return RescueSpec.model_validate(document)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {sentence(error, RescueSpec)}") from error
+    """Read a rescue's YAML; see `training.experiments.spec.read_as`."""
+    return read_as(path, RescueSpec)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -35,6 +35,7 @@ from training.schema.section import Count, Positive, Section, Whole
 Part = Literal["tuning", "held_out", "untouched"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
+Kind = TypeVar("Kind", bound=Section)
 Values = Annotated[list[Any], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 PartShare = Annotated[float, Field(ge=0, le=1)]
@@ -180,7 +181,12 @@ class Spec(Section):
 
 
 def read_spec(path: Path) -> Spec:
-    """Read a sweep's YAML; ``name`` defaults to the file's.
+    """Read a sweep's YAML; see `read_as`."""
+    return read_as(path, Spec)
+
+
+def read_as(path: Path, kind: type[Kind]) -> Kind:
+    """Read the YAML of an experiment; ``name`` defaults to the file's.
 
     Raises
     ------
@@ -190,9 +196,9 @@ def read_spec(path: Path) -> Spec:
     document = read_document(path)
     document.setdefault("name", path.stem)
     try:
-        return Spec.model_validate(document)
+        return kind.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {sentence(error, Spec)}") from error
+        raise ConfigError(f"{path}: {sentence(error, kind)}") from error
 
 
 def _rounded(value: float) -> float:

@@ -22,26 +22,20 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rksp_core.errors import ConfigError, RkspError
+from rksp_core.errors import ConfigError
+from training.command import carried_out
 from training.experiments.one_run import Attempt, attempt
 from training.experiments.plan import PlannedRun, plan, write_plan
 from training.experiments.record import Records
 from training.experiments.spec import PARTS, Spec, read_spec
 
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        return _sweep(arguments)
-    except RkspError as error:
-        print(f"sweep: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("sweep: interrupted; the same command goes on", file=sys.stderr)
-        return INTERRUPTED
+    return carried_out("sweep", lambda: _sweep(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

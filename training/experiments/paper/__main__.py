@@ -19,26 +19,17 @@ from pathlib import Path
 from rich.console import Console
 
 from rksp_core.atomic import write_atomic
-from rksp_core.errors import RkspError
+from training.command import carried_out
 from training.experiments.paper.contents import chapter, command, missing, names, result_of
 from training.experiments.paper.page import markdown, page
 from training.experiments.paper.runs import make_runs
 from training.experiments.paper.section import write_section
 
-INTERRUPTED = 130
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        return _work(arguments)
-    except RkspError as error:
-        print(f"paper: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("paper: interrupted; the same command goes on", file=sys.stderr)
-        return INTERRUPTED
+    return carried_out("paper", lambda: _work(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
