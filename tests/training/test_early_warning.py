@@ -202,7 +202,7 @@ def test_rules_are_chosen_written_and_applied(
     assert "chosen on 31 runs of the part 'tuning'; 0 of them are among these" in said
     row = next(line for line in said.splitlines() if line.startswith("| weights | 10 |"))
     assert row.split("|")[3].strip() == "10 of 10: 100 % [72, 100]"
-    assert row.split("|")[10].strip() == "0 of 20: 0 % [0, 16]"
+    assert row.split("|")[11].strip() == "0 of 20: 0 % [0, 16]"
 
 
 @pytest.mark.parametrize(

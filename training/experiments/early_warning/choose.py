@@ -18,7 +18,7 @@ import numpy as np
 
 from rksp_core.features import SPECTRAL
 from training.experiments.early_warning.rules import Clause, Direction, Rule
-from training.experiments.early_warning.series import DISTANCES, FORMS, PLACES, TRAINER, Form, Series
+from training.experiments.early_warning.series import DISTANCES, FORMS, PLACES, Form, Series
 
 INTERVALS = (10, 20, 50, 100)
 LEAD = 2  # checkpoints before the onset
@@ -32,7 +32,13 @@ PRICES = (4.0, 1.0, 0.5, 0.25)  # of a false alarm, in divergences caught
 # What a watcher can see, from what it has today to what needs most.
 SOURCES: dict[str, tuple[str, ...]] = {
     "spectra": (*SPECTRAL, *DISTANCES),
-    "trainer": TRAINER,
+    "trainer": ("loss", "log_gradient_norm"),
+    "every step of the trainer": (
+        "loss_worst",
+        "log_gradient_norm_median",
+        "log_gradient_norm_worst",
+        "gradient_norm_spike",
+    ),
     "weights": ("log_weight_norm_max", "log_weight_norm_head"),
     "optimizer": ("log_update_ratio_max", "log_update_ratio_median", "second_moment_top_share", "momentum_cosine"),
     "model": (
@@ -47,12 +53,19 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "sharpness": ("log_sharpness",),
 }
+WATCHED = "spectra, loss, gradient norm, weights"  # all that `rksp watch` sees; its default rules are of this set
 SETS: dict[str, tuple[str, ...]] = {
     "spectra": ("spectra",),
     "loss and gradient norm": ("trainer",),
     "weights": ("weights",),
-    "spectra, loss, gradient norm, weights": ("spectra", "trainer", "weights"),
-    "all these, the optimizer's state": ("spectra", "trainer", "weights", "optimizer"),
+    WATCHED: ("spectra", "trainer", "weights"),
+    "all these, every step, the optimizer's state": (
+        "spectra",
+        "trainer",
+        "weights",
+        "every step of the trainer",
+        "optimizer",
+    ),
     "all these, the model's inside, sharpness": tuple(SOURCES),
 }
 # Scales and losses are bad when they rise; these are when they fall.

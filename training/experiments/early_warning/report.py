@@ -25,7 +25,7 @@ from training.experiments.early_warning.choose import (
     left_out,
 )
 from training.experiments.early_warning.chosen import Chosen
-from training.experiments.early_warning.rules import PROTOTYPE, Rule, first_alarm
+from training.experiments.early_warning.rules import PROTOTYPE, RESCUE, Rule, first_alarm
 from training.experiments.early_warning.series import FORMS, SIGNALS, Series, kind_of, series
 from training.experiments.intervals import Share
 from training.experiments.record import Record
@@ -53,7 +53,7 @@ def evidence(records: Sequence[Record], plot: Path | None = None) -> tuple[str, 
     table = Table.of(cases, candidates(cases))
     frontier = {name: [left_out(table, _among(table, name), price) for price in PRICES] for name in SETS}
     lines += ["**Sets of rules, on runs that they were not chosen on**", "", PRICED, "", _frontier(cases, frontier), ""]
-    sets = {"the prototype's": PROTOTYPE}
+    sets = {"the prototype's": PROTOTYPE, "the rescue's": RESCUE}
     everything = np.ones(len(cases.healthy), dtype=bool)
     for name, verdicts in frontier.items():
         price = PRICES[_within_budget(cases, verdicts)]
@@ -154,6 +154,7 @@ def _outcomes(records: Sequence[Record], sets: Mapping[str, Sequence[Rule]]) -> 
         "caught before the onset",
         "lead in steps",
         "in checkpoints",
+        "alarmed before it has diverged",
         "healthy runs alarmed",
         "failed runs alarmed",
     )
@@ -176,6 +177,7 @@ def _outcomes(records: Sequence[Record], sets: Mapping[str, Sequence[Rule]]) -> 
                 str(Share(len(known), len(diverged))),
                 "-" if middle is None else f"{middle:g}",
                 "-" if middle is None else f"{middle / interval:.1f}",
+                str(Share(sum(alarms[run.key] is not None for run in diverged), len(diverged))),
                 str(Share(sum(alarms[run.key] is not None for run in healthy), len(healthy))),
                 str(Share(sum(alarms[run.key] is not None for run in failed), len(failed))),
             ]

@@ -97,3 +97,12 @@ PROTOTYPE = (
     Rule((Clause("near_unit_mass_min", "trailing", "falls", 0.15),), 60),
     Rule((Clause("log_kreiss_mean", "trailing", "rises", 1.0),), 60),
 )
+
+# What takes a run back in the experiments of training.experiments.rescue, beside figures that are not finite: chosen on
+# the screens of remedies, not on these runs.
+RESCUE = (
+    Rule((Clause("gradient_norm", "trailing", "rises", 20.0),), 50),
+    Rule((Clause("loss", "trailing", "rises", 1.0),), 50),
+    Rule((Clause("gradient_norm", "absolute", "rises", 500.0),), 0),
+    Rule((Clause("loss", "absolute", "rises", 50.0),), 0),
+)

@@ -45,6 +45,7 @@ DISTANCES = ("wasserstein_mean_from_first", "wasserstein_max_from_first")
 TRAINER = (
     "loss",
     "loss_worst",
+    "gradient_norm",
     "log_gradient_norm",
     "log_gradient_norm_median",
     "log_gradient_norm_worst",
@@ -169,6 +170,7 @@ def _of_trainer(record: Record, steps: np.ndarray) -> dict[str, list[float]]:
         found["loss"].append(losses[step - 1] if step else math.nan)
         found["loss_worst"].append(max(losses[since], default=math.nan))
         found["log_gradient_norm"].append(norms[step - 1] if step else math.nan)
+        found["gradient_norm"].append(math.exp(norms[step - 1]) if step else math.nan)
         found["log_gradient_norm_median"].append(middle)
         found["log_gradient_norm_worst"].append(worst)
         found["gradient_norm_spike"].append(worst - middle)
