@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ FIELDS = {
     "kreiss_constant": "Kreiss constant",
     "transient_growth": "transient growth",
 }
+WEIGHTS = {"blocks": "in the blocks", "head": "outside the blocks"}
 NOTABLE_SHARE = 0.02  # the spread of near-unit mass over five probe batches was .003 to .018
 NOTABLE_FACTOR = 1.1
 NOTABLE_DISTANCE = 0.02  # of moduli around 1, where a share of .02 of the modes crosses a threshold; not measured
@@ -69,14 +71,14 @@ class Comparison:
 
     @property
     def explanation(self) -> list[str]:
-        """Return a sentence for each field that moved, the layer that moved most in it, its statuses, and the noise."""
+        """Return sentences: fields that moved, in which layer most; statuses, norms of the weights, and the noise."""
         sentences = [text for name in FIELDS if (text := self._explain(name)) is not None]
         sentences += self._explain_distances()
         for before, after in zip(self.baseline.layers, self.profile.layers, strict=True):
             if before.status != after.status:
                 sentences.append(f"{after.layer} was {', '.join(before.status)} and is {', '.join(after.status)}")
         sentences = sentences or ["no layer moved by more than the spread of probe batches"]
-        return sentences + self._explain_sigmas()
+        return sentences + self._explain_weights() + self._explain_sigmas()
 
     def _explain_distances(self) -> list[str]:
         layers = [(layer.layer, self.distance(index)) for index, layer in enumerate(self.profile.layers)]
@@ -90,6 +92,16 @@ class Comparison:
             f"by {distance:.3g} on average (Wasserstein distance)"
         )
         return [sentence]
+
+    def _explain_weights(self) -> list[str]:
+        norms = dataclasses.asdict(self.baseline.weights), dataclasses.asdict(self.profile.weights)
+        return [
+            f"the largest spectral norm of a weight matrix {place} went from {before:.3g} to {after:.3g}"
+            for name, place in WEIGHTS.items()
+            if (before := norms[0][name]) is not None
+            and (after := norms[1][name]) is not None
+            and _notable(name, before, after)
+        ]
 
     def _explain_sigmas(self) -> list[str]:
         """Return what lies beyond the noise, when both profiles know theirs."""

@@ -6,6 +6,7 @@ that was removed end, and nothing is registered globally.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 from bisect import bisect_left
@@ -25,10 +26,11 @@ from prometheus_client.registry import Collector as BaseCollector
 from prometheus_client.samples import Sample
 
 from rksp_core.drift import Drift
-from rksp_core.profile import ModelProfile
+from rksp_core.profile import ModelProfile, finite_or_none
 
 Summary = Mapping[str, Mapping[str, float | None]]
 Reader = Callable[[Summary, Drift], float | None]
+WEIGHTS = "weight_norms"  # beside the fields of a profile's summary
 
 BUILD_INFO, RUN_INFO, REPLAY = "rksp_build_info", "rksp_run_info", "rksp_replay_duration_seconds"
 REPLAY_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -48,6 +50,10 @@ class Definition:
 
 def _over_layers(name: str, aggregate: str) -> Reader:
     return lambda summary, _: summary[name][aggregate]
+
+
+def _of_weights(where: str) -> Reader:
+    return lambda summary, _: summary[WEIGHTS][where]
 
 
 def _gauge(name: str, text: str, read: Reader | None = None) -> Definition:
@@ -106,6 +112,16 @@ METRICS: tuple[Definition, ...] = (
         "rksp_reliable_modes_ratio",
         "Share of eigenvalues that pass the residual filter, mean over layers.",
         _over_layers("reliable_modes_ratio", "mean"),
+    ),
+    _gauge(
+        "rksp_weight_norm_max",
+        "Largest spectral norm of a weight matrix in the blocks; absent where a profile does not hold it.",
+        _of_weights("blocks"),
+    ),
+    _gauge(
+        "rksp_weight_norm_head",
+        "Largest spectral norm of a linear map outside the blocks; absent where a profile does not hold it.",
+        _of_weights("head"),
     ),
     _gauge(
         "rksp_near_unit_mass_drift",
@@ -239,7 +255,8 @@ class Board:
 
     def show(self, run: str, profile: ModelProfile, drift: Drift) -> None:
         """Set every gauge that a judged event sets; what it does not know has no series."""
-        summary = profile.summary
+        weights = dataclasses.asdict(profile.weights)
+        summary = {**profile.summary, WEIGHTS: {where: finite_or_none(norm) for where, norm in weights.items()}}
         for definition in METRICS:
             if definition.read is not None:
                 self.set(run, definition.name, definition.read(summary, drift))

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from rich.text import Text
 
 from rksp_core.compare import Comparison
-from rksp_core.profile import ModelProfile
-from rksp_monitor.report.columns import AGGREGATES, COLUMNS, MISSING, depth_rows, fixed, share
+from rksp_core.profile import ModelProfile, WeightNorms
+from rksp_monitor.report.columns import AGGREGATES, COLUMNS, MISSING, depth_rows, fixed, number, share
 from rksp_monitor.report.drawing import draw, fitting, table
 
 # Heading, field, what it means, how it reads, and how soon it goes where there is no room, of the comparison's table.
@@ -34,7 +34,8 @@ def profile_table(profile: ModelProfile, title: str, *, width: int = 120, colour
     for row in depth_rows(profile):
         depth.add_row(*row)
     remedies = {layer.remedy for layer in profile.layers if layer.remedy}
-    return draw([Text(title), layers, Text("\nBy depth"), depth, *map(Text, sorted(remedies))], layers, width, colour)
+    notes = [*([_weights_line(profile)] if profile.weights != WeightNorms() else []), *sorted(remedies)]
+    return draw([Text(title), layers, Text("\nBy depth"), depth, *map(Text, notes)], layers, width, colour)
 
 
 def comparison_table(comparison: Comparison, title: str, *, width: int = 120, colour: bool = False) -> str:
@@ -57,6 +58,12 @@ def comparison_table(comparison: Comparison, title: str, *, width: int = 120, co
     legend = Text(f"{meanings}{f'; left out for want of room: {left_out}' if left_out else ''}", style="dim")
     sentences = [Text(f"- {sentence}") for sentence in comparison.explanation]
     return draw([Text(title), layers, legend, Text(""), *sentences], layers, width, colour)
+
+
+def _weights_line(profile: ModelProfile) -> str:
+    """Return one line on the spectral norms of the weights."""
+    blocks, head = number(profile.weights.blocks), number(profile.weights.head)
+    return f"largest spectral norm of a weight matrix: {blocks} in the blocks, {head} outside them"
 
 
 def _cell(value: float | None, change: float | None, form: Callable[[float | None], str]) -> str:

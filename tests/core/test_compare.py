@@ -8,7 +8,7 @@ import math
 import pytest
 
 from rksp_core.compare import compare
-from rksp_core.profile import ModelProfile
+from rksp_core.profile import ModelProfile, WeightNorms
 from tests.core.profiles import profile, spectrum
 
 
@@ -67,6 +67,16 @@ def test_profiles_of_before_have_no_distance():
     comparison = compare(profile(), profile(modulus_quantiles=spectrum(1.0)))
     assert comparison.distance(0) is None
     assert "wasserstein_mean" not in comparison.drift
+
+
+def test_weights_that_grew_are_said_where_both_profiles_know_them():
+    before = dataclasses.replace(profile(), weights=WeightNorms(2.0, 3.0))
+    after = dataclasses.replace(profile(), weights=WeightNorms(4.0, 3.1))
+    assert compare(before, after).explanation == [
+        "no layer moved by more than the spread of probe batches",
+        "the largest spectral norm of a weight matrix in the blocks went from 2 to 4",
+    ]
+    assert compare(profile(), after).explanation == ["no layer moved by more than the spread of probe batches"]
 
 
 def test_a_status_that_changed_is_said():

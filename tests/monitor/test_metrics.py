@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import shutil
 import socket
 import subprocess
@@ -15,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rksp_core.drift import measure
 from rksp_core.errors import ConfigError
+from rksp_core.profile import ModelProfile, WeightNorms
 from rksp_monitor.endpoint import parse_address, serve
 from rksp_monitor.metrics import METRICS, Board, registry_of
 from tests.core.profiles import profile
@@ -59,6 +62,8 @@ CONTRACT = (
 
 # What the watcher exports beside the contract.
 BESIDE = (
+    "rksp_weight_norm_max",
+    "rksp_weight_norm_head",
     "rksp_wasserstein_drift",
     "rksp_control_acknowledgement_overdue",
     "rksp_control_rollbacks_total",
@@ -132,6 +137,24 @@ def test_a_gauge_that_is_no_longer_known_ends():
     _, drift = measure(state, blank, 20)
     shown.show("r", blank, drift)
     assert "rksp_near_unit_mass_ratio{run=r}" not in samples(shown)
+
+
+def test_spectral_norms_of_the_weights_are_shown_where_a_profile_holds_them():
+    """One of an older version, or of a trainer that leaves them out, has no sample: 0 would be a norm."""
+    shown = board()
+    names = ["rksp_weight_norm_max{run=r}", "rksp_weight_norm_head{run=r}"]
+    for weights, expected in (
+        (WeightNorms(3.5, 1.25), [3.5, 1.25]),
+        (WeightNorms(3.5, None), [3.5, None]),
+        (WeightNorms(math.inf, 0.0), [None, 0.0]),  # a matrix that is not finite; one of zeros
+        (WeightNorms(), [None, None]),
+    ):
+        judged = dataclasses.replace(profile(), weights=weights)
+        shown.show("r", judged, measure(None, judged, 10)[1])
+        assert [samples(shown).get(name) for name in names] == expected
+    old = ModelProfile.from_dict({k: v for k, v in profile().to_dict().items() if k != "weight_norms"})
+    shown.show("r", old, measure(None, old, 10)[1])
+    assert not [name for name in samples(shown) if "weight_norm" in name]
 
 
 def test_layers_are_opt_in():

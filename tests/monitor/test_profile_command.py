@@ -47,6 +47,7 @@ def test_the_table_names_every_layer(folder: Path, capsys: pytest.CaptureFixture
     table = capsys.readouterr().out
     assert all(f"blocks.{index}" in table for index in range(3))
     assert "(step 100)" in table
+    assert "largest spectral norm of a weight matrix: " in table
 
 
 def test_deepspeed_is_profiled_where_it_is_allowed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
