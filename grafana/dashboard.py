@@ -282,8 +282,8 @@ def spectra() -> list[Any]:
         ),
         lines(
             "Largest spectral norm of the weights",
-            "Largest spectral norm of a weight matrix, in the blocks and outside them. It is no spectrum of a block, but "
-            "on our runs it warned better than the spectra did (docs/science.md has the figures).",
+            "Largest spectral norm of a weight matrix, in the blocks and outside them. It is no spectrum of a block, "
+            "but on our runs it warned better than the spectra did (docs/science.md has the figures).",
             "none",
             (f"rksp_weight_norm_max{{{RUN}}}", "{{run}} blocks"),
             (f"rksp_weight_norm_head{{{RUN}}}", "{{run}} outside the blocks"),
