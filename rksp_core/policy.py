@@ -251,8 +251,8 @@ class Policy:
     or the trainer's own profiles) whose newest step lies more than ``silent_after_steps`` behind the run's newest one
     has fallen silent: its level does not count until it is heard again. None: it always counts. With ``ratchet`` no
     order is taken back when the level falls, as it does when a trainer goes back: only a higher level asks for another,
-    and a trainer that has to go back again gets the rung's ``learning_rate_scale`` once more on top: .5, .25, .125,
-    down to `LEAST_SCALE`.
+    and a trainer that went back and has to again gets the rung's ``learning_rate_scale`` once more on top: .5, .25,
+    .125, down to `LEAST_SCALE`.
     ``rollback_margin``: how many steps before its last healthy event the run is trusted again, as trouble is older than
     its signs.
     """
@@ -403,8 +403,8 @@ class PolicyState:
     ``ordered_at`` is when it was given and ``ordered_until`` when its time is over, None for never, in seconds since
     the epoch. ``held`` says that a hold was in force when the state was made. ``kept_level`` is the highest level that
     a ratchet has answered, ``healthy_step`` the newest step of level 0 up to which no rule fired, ``back_level`` the
-    level at which this excursion from level 0 was answered by a rollback, 0 before, ``back_step`` the step of the last,
-    and ``backs`` their number.
+    level at which this excursion from level 0 was answered by a rollback, 0 before, ``back_step`` the step of the last.
+    ``back_asked`` says that the run has not gone back since, ``backs`` how often it did when the policy asked for it.
     """
 
     level: int = 0
@@ -419,6 +419,7 @@ class PolicyState:
     healthy_step: int | None = None
     back_level: int = 0
     back_step: int | None = None
+    back_asked: bool = False
     backs: int = 0
 
     @property
@@ -571,6 +572,8 @@ def rewind(state: PolicyState, step: int, policy: Policy, kept: Iterable[Evidenc
         healthy_step=None if state.healthy_step is None else min(state.healthy_step, step - 1),
         back_level=0,
         back_step=None if state.back_step is None else min(state.back_step, step),
+        back_asked=False,
+        backs=state.backs + state.back_asked,
     )
 
 
@@ -661,7 +664,8 @@ def _order(
         math.inf if policy.expires_in is None else at + policy.expires_in,
         math.inf if in_force is None or in_force.until is None else in_force.until,
     ]
-    backs = state.backs + (back_to is not None and in_force is None)
+    asked = state.back_asked or (back_to is not None and in_force is None)
+    backs = state.backs + asked
     if policy.ratchet and in_force is None and backs > 1 and wanted.learning_rate_scale is not None:
         scale = max(wanted.learning_rate_scale**backs, min(wanted.learning_rate_scale, LEAST_SCALE))
         wanted = dataclasses.replace(wanted, learning_rate_scale=scale)
@@ -670,7 +674,7 @@ def _order(
     if not due and back_to is None:
         return after, None
     if back_to is not None:
-        after = dataclasses.replace(after, back_level=state.level, back_step=state.step or 0, backs=backs)
+        after = dataclasses.replace(after, back_level=state.level, back_step=state.step or 0, back_asked=asked)
     return dataclasses.replace(
         after,
         ordered=wanted,

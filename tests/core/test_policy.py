@@ -678,6 +678,23 @@ def test_a_trainer_that_went_back_is_healthy_again_and_is_taken_back_when_it_goe
     assert PolicyState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
 
 
+def test_a_rollback_that_was_asked_for_and_not_made_does_not_count():
+    """The rung's rate comes once more for each time that the trainer really went back."""
+    policy = dataclasses.replace(BACK, ratchet=True, ladder={3: Rung(learning_rate_scale=0.5, rollback=True)})
+    state, orders = PolicyState(), []
+    for step, loss in ((10, 0.0), (20, 3.0), (30, 0.0), (40, 3.0), (50, 0.0)):
+        state, decision = decide(state, Evidence(Drift(step, {"loss": loss}), float(step)), policy)
+        state = PolicyState.from_dict(json.loads(json.dumps(state.to_dict())))
+        orders.append((decision.rollback_to, decision.order and decision.order.learning_rate_scale))
+    assert orders == [(None, None), (10, 0.5), (None, None), (30, 0.5), (None, None)]
+    assert state.backs == 0
+    state = rewind(state, 31, policy)
+    assert rewind(state, 31, policy).backs == state.backs == 1, "what a trainer does of itself is none of ours"
+    for step, loss in ((40, 0.0), (50, 3.0)):
+        state, decision = decide(state, Evidence(Drift(step, {"loss": loss}), float(step)), policy)
+    assert (decision.rollback_to, decision.order) == (40, Levers(learning_rate_scale=0.25))
+
+
 def test_a_rule_that_asks_for_several_events_counts_them_in_its_own_series():
     rule = Rule("stays", 2, (Condition("loss", 1.0, "absolute"),), arm_after_step=20, in_a_row=2)
     policy, state, fired = Policy(rules=(rule,), clear_after=1), PolicyState(), []
