@@ -13,7 +13,7 @@ from rksp_core.errors import ConfigError
 from rksp_monitor.config import read_settings
 from training.experiments import rescue
 from training.experiments.record import Records
-from training.experiments.rescue_report import difference, p_value, share
+from training.experiments.rescue_report import difference, p_value, share, table
 from training.experiments.rescue_run import SCHEMA, overhead
 from training.experiments.rescue_spec import plan, read_spec
 
@@ -126,6 +126,27 @@ def test_shares_and_differences_are_those_of_the_textbook() -> None:
     assert difference(lost, rivals) == "-"
 
 
+def test_the_table_counts_no_seed_twice(tmp_path: Path) -> None:
+    """Two rates on the same seeds are two rows: a third over both would have runs that are not independent."""
+    spec = read_spec(written(tmp_path))
+    made = {
+        "failed": False,
+        "rollbacks": [],
+        "overhead": {"ratio": 0.0},
+        "seconds": {"observing": 0.0, "training": 1.0},
+    }
+    made |= {"status": "finished", "final": {"loss": 2.0}}
+    known = [made | {"key": run.key, "seed": run.seed, "point": dict(run.point)} for run in plan(spec)]
+    rows = [line.split(" | ")[:3] for line in table(spec, plan(spec), known).splitlines()[2:]]
+    assert rows == [
+        ["| nothing", "learning_rate 3.0", "2"],
+        ["| nothing", "learning_rate 4.0", "2"],
+        ["| stable", "", "2"],
+        ["| Back, slower", "learning_rate 3.0", "2"],
+        ["| Back, slower", "learning_rate 4.0", "2"],
+    ]
+
+
 @pytest.mark.slow
 def test_in_lockstep_a_rescue_comes_out_the_same_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path, seeds=[1, 1])
@@ -144,10 +165,8 @@ def test_in_lockstep_a_rescue_comes_out_the_same_again(tmp_path: Path, capfd: py
     assert "0 runs are left" in capfd.readouterr().out
     assert rescue.main([str(path), "--folder", str(folders[0]), "--report"]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert [line.split(" | ")[3] for line in lines if "all" in line.split(" | ")] == [
-        "2 of 2: 100% [15.8, 100.0]",
-        "0 of 2: 0% [0.0, 84.2]",
-    ]
+    nothing, saved = (f"{count} of 1: {100 * count}% " for count in (1, 0))
+    assert [line.split(" | ")[3].partition("[")[0] for line in lines[2:]] == [nothing] * 2 + [saved] * 3
 
 
 def _timeless(record: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ COLUMNS = (
 
 
 def table(spec: RescueSpec, runs: Sequence[RescueRun], records: Sequence[Record]) -> str:
-    """Return a Markdown table, one row an arm and point of the grid, and one for all points where there are several.
+    """Return a Markdown table, one row an arm and point of the grid; the points share seeds, so no row is of several.
 
     Divergence has its exact interval (Clopper and Pearson 1934), and Fisher's exact p against each control at the same
     points. Losses are compared with those of the reference, and of each control, on the same seeds, where both runs
@@ -44,11 +44,7 @@ def table(spec: RescueSpec, runs: Sequence[RescueRun], records: Sequence[Record]
     columns = [*COLUMNS, *(f"{what} {name}" for name in others for what in ("p against", "-"))]
     rows = [columns, ["---"] * len(columns)]
     for arm in spec.arms:
-        points = by_arm[arm.name]
-        groups = list(points.items())
-        if len(groups) > 1:
-            groups.append(("all", [record for part in points.values() for record in part]))
-        rows += [_row(arm.name, where, group, by_arm, spec, others) for where, group in groups]
+        rows += [_row(arm.name, where, group, by_arm, spec, others) for where, group in by_arm[arm.name].items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -71,13 +67,13 @@ def _row(
         share(_diverged(records), len(records)),
         str(sum(record["failed"] for record in records)),
         f"{statistics.median(known):.3f}" if known else "-",
-        difference(records, _all(by_arm[spec.reference])),
+        difference(records, [record for part in by_arm[spec.reference].values() for record in part]),
         f"{sum(len(record['rollbacks']) for record in records) / len(records):.1f}",
         f"{statistics.median(ratios):+.1%}" if ratios else "-",
         f"{statistics.median(observing):+.0%}",
     ]
     for name in others:
-        rivals = _all(by_arm[name]) if where == "all" else by_arm[name].get(where, [])
+        rivals = by_arm[name].get(where, [])
         row += ["-", "-"] if name == arm or not rivals else [p_value(records, rivals), difference(records, rivals)]
     return row
 
@@ -117,10 +113,6 @@ def _final(record: Record) -> float | None:
 
 def _diverged(records: Sequence[Record]) -> int:
     return sum(record["status"] == "diverged" for record in records)
-
-
-def _all(points: dict[str, list[Record]]) -> list[Record]:
-    return [record for part in points.values() for record in part]
 
 
 def _where(run: RescueRun) -> str:
