@@ -1,7 +1,7 @@
 """Is there more in a figure than its distance from a trailing average? Sequential tests on the best ones.
 
     absolute, baseline, trailing, sigmas     as `series` has them; ``trailing`` is the EWMA chart (Roberts 1959)
-    trailing, 2 (3) in a row                 the smallest of so many events
+    trailing, 2 (3) in a row                 the smallest of so many events, all of them armed, as in a rule
     CUSUM                                    S <- max(0, S + z - 1/2), z the sigmas, within +-`CLIPPED` (Page 1954)
     change point                             probability that the last `RECENT` events began a new regime, when the
                                              figure has risen (Adams & MacKay 2007, by the package changepoint)
@@ -11,7 +11,7 @@ Each is one number an event, so that one threshold makes an alarm of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import changepoint
 import numpy as np
@@ -34,21 +34,26 @@ FIGURES = {  # figure: whether it falls
 CLIPPED = 10.0
 RECENT = 2
 RUN_LENGTH = 50.0  # events that a regime lasts, on average
+TESTS = {  # test: the statistic, and at how many events in a row it counts
+    **{form: (form, 1) for form in FORMS},
+    "trailing, 2 in a row": ("trailing", 2),
+    "trailing, 3 in a row": ("trailing", 3),
+    "CUSUM": ("CUSUM", 1),
+    "change point": ("change point", 1),
+}
 
 
 def table(cases: Cases, price: float) -> str:
     """Return, as Markdown, what each test of each figure catches and alarms on runs that it was not chosen on."""
-    names: Sequence[str] = ()
     lines = []
     for figure, falls in FIGURES.items():
         rows = [[statistics(run, figure, falls=falls) for run in runs] for runs in cases.runs.values()]
-        names = list(rows[0][0])
         cells = []
-        for name in names:
+        for name, count in TESTS.values():
             caught = np.array(
                 [
                     [
-                        [_peak(found[name], run, interval, armed) for run, found in zip(runs, row, strict=True)]
+                        [peak(found[name], run, interval, armed, count) for run, found in zip(runs, row, strict=True)]
                         for armed in ARMED
                     ]
                     for (interval, runs), row in zip(cases.runs.items(), rows, strict=True)
@@ -56,20 +61,17 @@ def table(cases: Cases, price: float) -> str:
             )
             measured = Table.from_peaks(cases, (), caught)
             verdict = left_out(measured, np.arange(len(ARMED)), price, most=1)
-            counts = "/".join(str(int(count)) for count in verdict.caught.sum(axis=1)[:2])
+            counts = "/".join(str(int(each)) for each in verdict.caught.sum(axis=1)[:2])
             cells.append(f"{counts}, {int(verdict.false.any(axis=0).sum())}")
         lines.append(f"| {figure}{' falls' if falls else ''} | {' | '.join(cells)} |")
-    head = [f"| figure | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    head = [f"| figure | {' | '.join(TESTS)} |", "|---" * (len(TESTS) + 1) + "|"]
     return "\n".join([*head, *lines])
 
 
 def statistics(run: Series, figure: str, *, falls: bool = False) -> Mapping[str, np.ndarray]:
-    """Return the statistic of each test of a figure, (E,), larger is worse, -inf where it is not known."""
+    """Return the statistics of a figure that `TESTS` names, (E,), larger is worse, -inf where it is not known."""
     sign = -1.0 if falls else 1.0
     found = {form: sign * run.forms[form][:, PLACES[figure]] for form in FORMS}
-    for count in (2, 3):
-        parts = [np.concatenate([np.full(back, -np.inf), found["trailing"][: -back or None]]) for back in range(count)]
-        found[f"trailing, {count} in a row"] = np.min([part[: len(run.steps)] for part in parts], axis=0)
     found["CUSUM"] = cusum(found["sigmas"])
     found["change point"] = np.where(found["trailing"] > 0, change_points(found["absolute"]), -np.inf)
     return {name: np.where(np.isfinite(values), values, -np.inf) for name, values in found.items()}
@@ -105,8 +107,15 @@ def change_points(values: np.ndarray) -> np.ndarray:
     return found
 
 
-def _peak(values: np.ndarray, run: Series, interval: int, armed: int) -> float:
-    counts = (run.steps > 0) & (run.steps >= armed)
+def peak(values: np.ndarray, run: Series, interval: int, armed: int, in_a_row: int) -> float:
+    """Return the largest value that the last ``in_a_row`` events all reach, from step ``armed`` to `LEAD` of the onset.
+
+    A rule of `rksp_core.policy` with a threshold below it fires there, one with a threshold above it does not.
+    """
+    seen = np.where(run.steps >= armed, values, -np.inf)  # events before the arming do not count in a row either
+    before = np.full(in_a_row - 1, -np.inf)
+    lasting = np.lib.stride_tricks.sliding_window_view(np.concatenate([before, seen]), in_a_row).min(axis=1)
+    counts = run.steps > 0
     if run.onset is not None:
         counts &= run.steps <= run.onset - LEAD * interval
-    return float(values[counts].max(initial=-np.inf))
+    return float(lasting[counts].max(initial=-np.inf))
