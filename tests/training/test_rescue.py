@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -167,6 +171,25 @@ def test_in_lockstep_a_rescue_comes_out_the_same_again(tmp_path: Path, capfd: py
     lines = capfd.readouterr().out.splitlines()
     nothing, saved = (f"{count} of 1: {100 * count}% " for count in (1, 0))
     assert [line.split(" | ")[3].partition("[")[0] for line in lines[2:]] == [nothing] * 2 + [saved] * 3
+
+
+@pytest.mark.slow
+def test_a_rescue_that_is_ended_takes_its_watcher_with_it(tmp_path: Path) -> None:
+    """As `timeout`, a scheduler or systemd end it."""
+    path = written(tmp_path, base=SMALL["base"] | {"steps": 10**6}, arms=[SMALL["arms"][2]], grid={}, controls=[])
+    path.write_text(path.read_text().replace("reference: stable", "reference: Back, slower"))
+    command = [sys.executable, "-m", "training.experiments.rescue", str(path), "--folder", str(tmp_path / "made")]
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with process:
+        while not list((tmp_path / "made/runs").rglob("step-*.json")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        children = process.children(recursive=True)
+        assert any("rksp_monitor" in child.cmdline() for child in children)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "rescue: interrupted; the same command goes on\n")
+    assert psutil.wait_procs(children, timeout=60)[1] == []
 
 
 def _timeless(record: dict[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,14 @@ default they go in lockstep (`training.experiments.rescue_run`), so that the exp
 packed into ``records.jsonl.gz`` at the end. ``--report`` prints the table of what there is, and runs nothing.
 
 Exit codes: 0 all runs that were asked for have a record, or the time is over; 1 some run failed, and is named; 2 a
-mistake, said in one sentence; 130 Ctrl-C.
+mistake, said in one sentence; 130 Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -157,6 +158,8 @@ def watching(spec: RescueSpec, folder: Path) -> Iterator[Path]:
             "--port-file",
             str(port_file),
         ]
+        # As Ctrl-C does: unwinding ends the watcher, which would go on alone.
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
         process = subprocess.Popen(command, stderr=log)  # noqa: S603 - our own
         try:
             end = time.monotonic() + START
@@ -168,6 +171,7 @@ def watching(spec: RescueSpec, folder: Path) -> Iterator[Path]:
         finally:
             process.terminate()
             process.wait()
+            signal.signal(signal.SIGTERM, previous)
 
 
 def _made(folder: Path) -> Path:
