@@ -128,8 +128,8 @@ class Checkpoints:
             self._write(run)
 
     def back(self, run: Run) -> None:
-        """Remove the checkpoints after the run's step."""
-        self._writer.discard_after(run.step)
+        """Set the checkpoints after the run's step aside."""
+        self._writer.set_aside_after(run.step)
 
     def end(self, run: Run) -> None:
         """Write the last one; the state of a diverged run is not worth going on with."""

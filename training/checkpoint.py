@@ -8,6 +8,8 @@
         training_state.pt     both: the optimizer
         .metadata, *.distcp   dcp: "model" and "optimizer" by `torch.distributed.checkpoint`, a shard a process
 
+    checkpoints/undone-1/     those that the run went back to before, the first time
+
 Where weights are trained in another form (spectral or weight normalization), that form is kept beside the plain one.
 
 The folder is filled under a name that starts with a dot, every file is synced, then it is renamed: whoever sees
@@ -19,11 +21,12 @@ there. (`rksp watch` reads it with an unpickler that knows nothing else.)
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -60,8 +63,9 @@ class CheckpointWriter:
         # Shards are written from a thread, whose messages must not meet those of the training.
         self._group = distributed.new_group(backend="gloo") if settings.format == "dcp" and ranks.size > 1 else None
         if ranks.first:
-            for left in (*folder.glob(".step-*.tmp"), *folder.glob(".step-*.removed")):  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            for name in (".step-*.tmp", ".step-*.removed", "undone-*/.step-*.removed"):  # of a process that was killed
+                for left in folder.glob(name):
+                    shutil.rmtree(left, ignore_errors=True)
 
     def write(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, description: Mapping[str, Any]
@@ -93,7 +97,7 @@ class CheckpointWriter:
             if self._ranks.first:
                 self._write_files(staging, weights, state)
                 _publish(staging, document)
-                self._retain()
+                self._retain(checkpoints(self._folder))
 
     def settle(self) -> None:
         """Publish a checkpoint that has been written meanwhile. DCP is done on rank 0 when it is done everywhere."""
@@ -116,14 +120,23 @@ class CheckpointWriter:
             future.result()
             if self._ranks.first:
                 _publish(staging, document)
-                self._retain()
+                self._retain(checkpoints(self._folder))
 
-    def discard_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps, one that is still being written too: the run went back."""
+    def set_aside_after(self, step: int) -> None:
+        """Move the checkpoints of later steps, one that is still being written too, to ``undone-N``: the run went back.
+
+        As many stay as are kept of the run's own, of all that were ever set aside.
+        """
         self.finish()
-        for checkpoint in checkpoints(self._folder) if self._ranks.first else ():
-            if step_of(checkpoint) > step:
-                _remove(checkpoint)
+        later = [path for path in checkpoints(self._folder) if step_of(path) > step] if self._ranks.first else []
+        if not later:
+            return
+        aside = next(place for n in itertools.count(1) if not (place := self._folder / f"undone-{n}").exists())
+        aside.mkdir()
+        for checkpoint in later:
+            checkpoint.rename(aside / checkpoint.name)
+        undone = sorted(self._folder.glob("undone-*"), key=lambda place: (len(place.name), place.name))
+        self._retain([path for place in undone for path in checkpoints(place)])
 
     def _write_files(self, staging: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         path = staging / WEIGHTS[self._settings.format]
@@ -146,11 +159,11 @@ class CheckpointWriter:
         if not self._settings.asynchronous:
             self.finish()
 
-    def _retain(self) -> None:
-        """Remove what is not kept; each vanishes in one rename before it is deleted."""
+    def _retain(self, written: Sequence[Path]) -> None:
+        """Remove what is not kept, oldest first; each vanishes in one rename before it is deleted."""
         if self._settings.keep_last is None:
             return
-        for checkpoint in checkpoints(self._folder)[: -self._settings.keep_last]:
+        for checkpoint in written[: -self._settings.keep_last]:
             if self._settings.keep_every and step_of(checkpoint) % self._settings.keep_every == 0:
                 continue
             _remove(checkpoint)

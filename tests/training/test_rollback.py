@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from rksp_core.control import ControlWriter
+from rksp_core.errors import CheckpointError
 from rksp_core.orders import KSSSettings, Levers, Reason
+from rksp_monitor.discovery import Scanner
 from tests.training.test_resume import ALONE, assert_bitwise_equal, final
 from training.callbacks import Profiles
-from training.checkpoint import checkpoints
+from training.checkpoint import CheckpointWriter, checkpoints, step_of
+from training.config import Checkpoint
 from training.labels import Labels
 from training.loop import train
 from training.ranks import Ranks
@@ -27,14 +30,17 @@ def order(config, step: int, **levers: float) -> None:
 
 @pytest.fixture
 def ordered_at(monkeypatch: pytest.MonkeyPatch):
-    """Return a function that lets somebody order a rollback once a step has been made."""
+    """Return a function that lets somebody order a rollback once a step has been made, and damage checkpoints."""
 
-    def arrange(config, at: int, to: int, **levers: float) -> None:
+    def arrange(config, at: int, to: int, *, damaged: tuple[int, ...] = (), **levers: float) -> None:
         seen = Profiles.after
 
         def then_order(self, run, record):
             seen(self, run, record)
             if run.step == at and not run.rollbacks:
+                for step in damaged:
+                    path = Path(config.output) / f"checkpoints/step-{step:08d}/model.safetensors"
+                    path.write_bytes(path.read_bytes()[:-100])
                 order(config, to, **levers)
 
         monkeypatch.setattr(Profiles, "after", then_order)
@@ -72,6 +78,55 @@ def test_what_came_after_the_checkpoint_is_gone_and_comes_again(configure, order
     assert [path.name[-2:] for path in checkpoints(folder / "checkpoints")] == ["00", "04", "08", "12", "15"]
     answer = json.loads((folder / "control/applied.json").read_text())
     assert (answer["step"], answer["rolled_back_to"], answer["message"]) == (14, 8, "went back to step 8")
+    (undone,) = checkpoints(folder / "checkpoints/undone-1")
+    assert json.loads((undone / "checkpoint.json").read_text())["step"] == 12, "set aside, not deleted"
+    seen = {each.path for each in Scanner(folder).scan() if each.kind == "checkpoint"}
+    assert seen == set(checkpoints(folder / "checkpoints")), "a watcher takes it for none of the run's"
+
+
+def test_of_what_was_undone_as_many_are_kept_as_of_the_runs_own(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    writer = CheckpointWriter(tmp_path, Checkpoint(keep_last=3, keep_every=10), ALONE)
+
+    def there() -> dict[str, list[int]]:
+        return {
+            place.name: [step_of(path) for path in checkpoints(place)] for place in sorted(tmp_path.glob("undone-*"))
+        }
+
+    for step in (6, 7, 8):
+        writer.write(step, model, optimizer, {"state": {}})
+    writer.set_aside_after(8)
+    assert there() == {}
+    writer.set_aside_after(6)
+    assert there() == {"undone-1": [7, 8]}
+    for step in (9, 10):
+        writer.write(step, model, optimizer, {"state": {}})
+    writer.set_aside_after(6)
+    assert there() == {"undone-1": [8], "undone-2": [9, 10]}
+    for step in (11, 12, 13):
+        writer.write(step, model, optimizer, {"state": {}})
+    writer.set_aside_after(6)
+    assert there() == {"undone-1": [], "undone-2": [10], "undone-3": [11, 12, 13]}, "10 is a multiple of keep_every"
+    assert [step_of(path) for path in checkpoints(tmp_path)] == []
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(configure, ordered_at):
+    runs = {name: configure(name, **SECTIONS) for name in ("damaged", "whole")}
+    ordered_at(runs["damaged"], at=14, to=12, damaged=(8, 12), learning_rate_scale=0.5)
+    result = train(runs["damaged"], ALONE)
+    answer = json.loads((Path(runs["damaged"].output) / "control/applied.json").read_text())
+    assert (answer["rolled_back_to"], answer["message"]) == (4, "went back to step 4")
+    ordered_at(runs["whole"], at=14, to=4, learning_rate_scale=0.5)
+    assert result["rollbacks"] == train(runs["whole"], ALONE)["rollbacks"]
+    assert_bitwise_equal(final(runs["whole"]), final(runs["damaged"]))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_ends(configure, ordered_at):
+    config = configure(**SECTIONS)
+    ordered_at(config, at=10, to=8, damaged=(0, 4, 8))
+    with pytest.raises(CheckpointError, match=r"cannot resume from .*step-00000000"):
+        train(config, ALONE)
 
 
 @pytest.mark.parametrize("killed_at", [9, 13])
