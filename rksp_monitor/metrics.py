@@ -144,7 +144,7 @@ METRICS: tuple[Definition, ...] = (
         lambda _, drift: drift.moved("wasserstein_max", "baseline"),
     ),
     _gauge("rksp_divergence_probability_ratio", "Calibrated probability of divergence; absent until there is one."),
-    _gauge("rksp_risk_level", "Level of the policy: 0 ok, 1 elevated, 2 high, 3 critical."),
+    _gauge("rksp_risk_level", "Level of the policy: 0 ok, 1 elevated, 2 high, 3 critical; absent until it judged."),
     _gauge("rksp_kss_desired_weight", "Weight of the regularizer that the policy asks for; 0 is off."),
     _gauge("rksp_kss_applied_weight", "Weight of the regularizer that the trainer acknowledged as active."),
     _gauge("rksp_control_desired_generation", "Generation of the last order that was issued; 0 before the first."),

@@ -542,7 +542,7 @@ class RunWatcher:
         else:
             end = None if expires_in is None or state.ordered_at is None else state.ordered_at + expires_in
         expired = end is not None and self._clock() > end
-        self._set("rksp_risk_level", state.level)
+        self._set("rksp_risk_level", None if state.step is None else state.level)
         self._set("rksp_kss_desired_weight", 0.0 if expired else state.ordered.alpha)
         self._set("rksp_control_desired_generation", order.generation if order else 0)
         self._set("rksp_control_held", float(self._hold is not None))

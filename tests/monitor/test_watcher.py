@@ -295,6 +295,14 @@ def test_an_old_checkpoint_does_not_clear_what_newer_profiles_raised(bench: Benc
     assert bench.gauge("rksp_risk_level") == 2
 
 
+def test_a_run_of_which_nothing_was_judged_has_no_level(bench: Bench):
+    bench.run()
+    assert bench.gauge("rksp_risk_level") is None, "0 would say that it is well"
+    bench.healthy(10)
+    bench.run()
+    assert bench.gauge("rksp_risk_level") == 0
+
+
 def test_a_run_that_goes_back_to_an_earlier_step_is_followed_there(bench: Bench):
     bench.healthy(100)
     bench.writer.write(profile(loss=99.0), 110, loss=99.0)
