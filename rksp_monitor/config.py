@@ -266,7 +266,8 @@ def read_policy(path: Path) -> Policy:
     """
     document = _read_yaml(path)
     names = {each.name for each in dataclasses.fields(Policy)}
-    bare = "policy" not in document and not names.isdisjoint(document)
+    known = [*names, *WatchSettings.model_fields]  # a misspelt key of a policy is a policy's, too
+    bare = "policy" not in document and any(get_close_matches(str(key), known, 1, 0.0)[0] in names for key in document)
     whole, schema = {"policy": document} if bare else document, WatchSettings.model_json_schema()
     for key, near in _unknown_keys(whole, schema, schema):
         raise ConfigError(f"{path}: unknown key {key!r}; did you mean {near!r}? See `rksp config schema`")

@@ -136,6 +136,9 @@ def test_a_whole_settings_file_serves_and_variables_have_no_say(
 
 MISTAKES = {
     "polcy: {}": "unknown key 'polcy'; did you mean 'policy'",
+    "cooldown_step: 3": "unknown key 'policy.cooldown_step'; did you mean 'policy.cooldown_steps'",
+    "rulez: []": "unknown key 'policy.rulez'; did you mean 'policy.rules'",
+    "rules: [{name: a, level: 1, all: [{metric: loss, bye: 1}]}]": "did you mean 'policy.rules.0.all.0.by'",
     "raise_after: 2\nrules: [{name: a, levle: 1}]": "unknown key 'policy.rules.0.levle'; did you mean",
     "raise_after: 0": "raise_after must be at least 1, got 0",
     "policy: {rules: [{name: a, level: 1, all: [{metric: kreiss, by: 1}]}]}": "unknown metric 'kreiss'",
