@@ -6,7 +6,7 @@ one control folder. A trainer polls at its step boundaries:
     listener = ControlListener(folder, run_id="run-7")
     desired = listener.poll(step)           # None when nothing changed: one `stat`
     if desired is not None:
-        regularizer.configure(desired.kss)  # and desired.clip, desired.learning_rate_scale, where limits allow them
+        regularizer.configure(desired.kss)  # and clip, learning_rate_scale, surprise, where limits allow them
         listener.acknowledge(desired, step)
 
 Expiry is handled inside `ControlListener.poll`: once an applied order has expired, it returns an order with alpha 0
@@ -94,23 +94,25 @@ class ControlWriter:
         *,
         clip: float | None = None,
         learning_rate_scale: float | None = None,
+        surprise: float | None = None,
         rollback_to: int | None = None,
         known: int = 0,
         expires_in: float | None = None,
     ) -> Desired:
         """Return the next order without writing it, so that a ledger can hold it before the trainer sees it.
 
-        ``clip`` and ``learning_rate_scale`` are as in `rksp_core.orders.Levers`, ``rollback_to`` as in `Desired`;
-        ``known`` is the largest generation in the ledger; ``expires_in`` is in seconds from now, None never expires.
+        ``clip``, ``learning_rate_scale`` and ``surprise`` are as in `rksp_core.orders.Levers`, which ``kss`` may be,
+        ``rollback_to`` as in `Desired`; ``known`` is the largest generation in the ledger; ``expires_in`` is in seconds
+        from now, None never expires.
 
         Raises
         ------
         ControlError
-            When ``clip`` or ``learning_rate_scale`` is out of its range.
+            When a lever is out of its range.
         """
-        if isinstance(kss, Levers):  # which say these two themselves
-            clip, learning_rate_scale = clip or kss.clip, learning_rate_scale or kss.learning_rate_scale
-        levers = Levers.of(kss, clip, learning_rate_scale)
+        given = {"clip": clip, "learning_rate_scale": learning_rate_scale, "surprise": surprise}
+        said = kss.beside if isinstance(kss, Levers) else {}
+        levers = Levers.of(kss, **said | {name: value for name, value in given.items() if value is not None})
         now = self._clock()
         return Desired(
             run_id=run_id,
@@ -119,8 +121,7 @@ class ControlWriter:
             issued_at=timestamp(now),
             expires_at=None if expires_in is None else timestamp(now + expires_in),
             reason=reason,
-            clip=levers.clip,
-            learning_rate_scale=levers.learning_rate_scale,
+            **levers.beside,
             rollback_to=rollback_to,
         )
 
@@ -132,6 +133,7 @@ class ControlWriter:
         *,
         clip: float | None = None,
         learning_rate_scale: float | None = None,
+        surprise: float | None = None,
         rollback_to: int | None = None,
         known: int = 0,
         expires_in: float | None = None,
@@ -149,6 +151,7 @@ class ControlWriter:
             reason,
             clip=clip,
             learning_rate_scale=learning_rate_scale,
+            surprise=surprise,
             rollback_to=rollback_to,
             known=known,
             expires_in=expires_in,
@@ -193,10 +196,10 @@ class ControlWriter:
 class ControlListener:
     """The trainer's end: polls orders at step boundaries and acknowledges them. Use it on rank 0 only.
 
-    An order that is unreadable, out of range or outside the limits is ``rejected``, never clamped; one for another run
-    or of an older generation is ``ignored``. Both are acknowledged here, with a message; what held before goes on. An
-    order that has expired, on arrival or later, means alpha 0 and everything else the trainer's own. One that a
-    restarted trainer had obeyed before comes again without ``rollback_to``: that happens once.
+    An order that is unreadable, out of range, outside the limits or meets an obstacle is ``rejected``, never clamped;
+    one for another run or of an older generation is ``ignored``. Both are acknowledged here, with a message; what held
+    before goes on. An order that has expired, on arrival or later, means alpha 0 and everything else the trainer's own.
+    One that a restarted trainer had obeyed before comes again without ``rollback_to``: that happens once.
 
     Parameters
     ----------
@@ -206,6 +209,8 @@ class ControlListener:
         Orders for another run are ignored.
     limits
         What this trainer lets an order set; by default any regularizer, and nothing beside it.
+    obstacle
+        Says of levers within the limits why they cannot be had all the same, as a sentence; None when they can.
     own
         What holds before any order.
     mode
@@ -220,18 +225,19 @@ class ControlListener:
         run_id: str,
         limits: Limits = Limits(),  # noqa: B008 - it is frozen
         *,
+        obstacle: Callable[[Levers], str | None] = lambda _: None,
         own: KSSSettings = KSSSettings(),  # noqa: B008
         mode: int = 0o600,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.folder = Path(folder)
         self.run_id = run_id
-        self._limits = limits
+        self._limits, self._obstacle = limits, obstacle
         self._mode = mode
         self._clock = clock
         self._order_path = str(self.folder / ORDER_FILE)
         self._signature: tuple[int, int, int] | None = None
-        self._active = Levers.of(own, None, None)
+        self._active = Levers.of(own)
         self._active_generation = self._obeyed = 0
         self._highest, self._ended = self._acknowledged()
         self._before = self._highest  # a restart: this order was obeyed already
@@ -318,9 +324,9 @@ class ControlListener:
         if refusal is not None:
             self._answer(desired.generation, step, "ignored", refusal)
             return None
-        outside = self._limits.refusal(desired)
-        if outside is not None:
-            self._answer(desired.generation, step, "rejected", outside)
+        objection = self._limits.refusal(desired) or self._obstacle(desired.levers)
+        if objection is not None:
+            self._answer(desired.generation, step, "rejected", objection)
             return None
         self._highest = desired.generation
         if desired.generation <= self._before:
@@ -375,6 +381,7 @@ class ControlListener:
             self._active.kss,
             self._active.clip,
             self._active.learning_rate_scale,
+            self._active.surprise,
             rollback,
             rolled_back_to,
         )

@@ -14,20 +14,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.optim import Optimizer
 
 from rksp_core.control import ControlListener
 from rksp_core.kss import KSSRegularizer
 from rksp_core.limits import Limits
 from rksp_core.orders import VARIANTS, Desired, Levers
+from rksp_core.surprise import obstacle
 
 _log = logging.getLogger(__name__)
 
-_NONE = [0.0] * 9
+_NONE = [0.0] * 10
 
 Rollback = Callable[[int], int | None]
 
@@ -36,7 +38,7 @@ class ControlFollower:
     """Obeys the orders of a monitor: rank 0 reads, all processes apply at the same boundary, rank 0 acknowledges once.
 
     The regularizer is configured here. What an order sets beside it, where the limits allow that, the loop takes from
-    ``levers``: the clip threshold and the factor on the learning rate; None is the loop's own.
+    ``levers``: the clip threshold, the factor on the learning rate, the limit of surprise; None is the loop's own.
 
     An answer that cannot be written is logged, and never stops the run. Where `torch.distributed` runs by the first
     call of `follow`, every process makes a follower and calls it at the same steps, which costs one small broadcast
@@ -52,6 +54,9 @@ class ControlFollower:
         What an order switches and configures.
     limits
         What this trainer lets an order set; by default any regularizer, and nothing beside it.
+    optimizers
+        Those that the loop steps with, where ``limits.surprise`` is set: an order of surprise is rejected, rather than
+        raised in the middle of a step, where one of them keeps no second moments (`rksp_core.surprise.obstacle`).
     rollback
         Takes the loop back to its newest checkpoint at or before a step, weights, optimizer, schedule and its own
         count of steps, and returns the step from which it goes on; None where there is no such checkpoint. Called in
@@ -79,14 +84,17 @@ class ControlFollower:
         regularizer: KSSRegularizer,
         limits: Limits = Limits(),  # noqa: B008 - it is frozen
         *,
+        optimizers: Iterable[Optimizer] = (),
         rollback: Rollback | None = None,
         mode: int = 0o600,
     ) -> None:
-        self.levers = Levers.of(regularizer.settings, None, None)
+        self.levers = Levers.of(regularizer.settings)
         self.order: Desired | None = None
         self.rollback, self.rollbacks = rollback, 0
-        self._regularizer, self._limits = regularizer, limits
-        self._listener: ControlListener | None = ControlListener(folder, run_id, limits, own=self.levers.kss, mode=mode)
+        self._regularizer, self._limits, self._optimizers = regularizer, limits, tuple(optimizers)
+        self._listener: ControlListener | None = ControlListener(
+            folder, run_id, limits, obstacle=self._unable, own=self.levers.kss, mode=mode
+        )
         self._several: bool | None = None  # not known before the first step: a loop may join its processes until then
         self._group: dist.ProcessGroup | None = None
 
@@ -100,8 +108,8 @@ class ControlFollower:
         desired = self._poll(step)
         if desired is None and not self._several:
             return None
-        obstacle = self._obstacle(desired)
-        *numbers, back = self._from_first(_numbers(desired, rollback=obstacle is None))
+        hindrance = self._hindrance(desired)
+        *numbers, back = self._from_first(_numbers(desired, rollback=hindrance is None))
         levers, reached = _levers(numbers), None
         if back and self.rollback is not None:
             reached = self.rollback(int(back) - 1)
@@ -109,7 +117,7 @@ class ControlFollower:
         if levers is not None:
             self._set(levers)
         if desired is not None:
-            self._acknowledge(desired, step, reached, obstacle)
+            self._acknowledge(desired, step, reached, hindrance)
         return levers
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,6 +133,10 @@ class ControlFollower:
         order = dict(state["order"])
         expired = order.pop("expired")
         self.order = dataclasses.replace(Desired.from_dict(order), expired=expired)
+        unable = self._unable(self.order.levers)
+        if unable is not None:  # the loop resumes with another optimizer
+            _log.warning("order %d holds without surprise: %s", self.order.generation, unable)
+            self.order = dataclasses.replace(self.order, surprise=None)
         self._set(self.order.levers)
         if self._listener is not None:
             self._listener.restore(self.order)
@@ -149,7 +161,14 @@ class ControlFollower:
             _log.warning("step %d: an order was refused, and the answer cannot be written: %s", step, error)
             return None
 
-    def _obstacle(self, desired: Desired | None) -> str | None:
+    def _unable(self, levers: Levers) -> str | None:
+        """Return why levers that the limits allow cannot be had with these optimizers."""
+        if levers.surprise is None:
+            return None
+        found = next(filter(None, map(obstacle, self._optimizers)), None)
+        return None if found is None else f"the order asks for surprise {levers.surprise}, and {found}"
+
+    def _hindrance(self, desired: Desired | None) -> str | None:
         """Return why an order that asks for it cannot take this loop back, whatever checkpoints there are."""
         if desired is None or desired.rollback_to is None:
             return None
@@ -159,14 +178,14 @@ class ControlFollower:
             return f"this trainer goes back {self._limits.rollbacks} times at most (limits.rollbacks)"
         return None
 
-    def _acknowledge(self, desired: Desired, step: int, reached: int | None, obstacle: str | None) -> None:
+    def _acknowledge(self, desired: Desired, step: int, reached: int | None, hindrance: str | None) -> None:
         self.order = desired
         _log.info("step %d: order %d, KSS weight %g", step, desired.generation, desired.kss.alpha)
         message = ""
         if desired.rollback_to is not None:
             missing = f"there is no checkpoint at or before step {desired.rollback_to}"
             message = (
-                f"went back to step {reached}" if reached is not None else f"did not go back: {obstacle or missing}"
+                f"went back to step {reached}" if reached is not None else f"did not go back: {hindrance or missing}"
             )
             _log.warning("step %d: %s", step, message)
         try:
@@ -196,15 +215,15 @@ def _numbers(desired: Desired | None, *, rollback: bool) -> list[float]:
         1.0,
         *(levers.alpha, levers.interval, levers.layer_fraction, levers.gamma),
         0.0 if levers.variant is None else VARIANTS.index(levers.variant) + 1.0,
-        *(levers.clip or 0.0, levers.learning_rate_scale or 0.0),
+        *(levers.clip or 0.0, levers.learning_rate_scale or 0.0, levers.surprise or 0.0),
         0.0 if desired.rollback_to is None or not rollback else desired.rollback_to + 1.0,
     ]
 
 
 def _levers(numbers: list[float]) -> Levers | None:
     """Return the levers that `_numbers` was given."""
-    order, alpha, interval, layer_fraction, gamma, variant, clip, scale = numbers
+    order, alpha, interval, layer_fraction, gamma, variant, *beside = numbers
     if not order:
         return None
     chosen = VARIANTS[int(variant) - 1] if variant else None
-    return Levers(alpha, int(interval), layer_fraction, gamma, chosen, clip or None, scale or None)
+    return Levers(alpha, int(interval), layer_fraction, gamma, chosen, *(value or None for value in beside))

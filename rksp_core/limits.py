@@ -12,16 +12,16 @@ from rksp_core.orders import VARIANTS, Desired, Variant, is_whole
 Bounds = tuple[float, float]
 
 _KSS = ("alpha", "interval", "layer_fraction", "gamma")
-_BESIDE = ("clip", "learning_rate_scale")
+_BESIDE = ("clip", "learning_rate_scale", "surprise")
 
 
 @dataclass(frozen=True)
 class Limits:
     """Lowest and highest value of each lever, both allowed; ``variants`` are those that an order may choose.
 
-    The regularizer's bounds are by default as wide as `rksp_core.KSSSettings` takes. ``clip`` and
-    ``learning_rate_scale`` None: this trainer has no such lever. ``rollbacks``: how often orders may take the trainer
-    back to a checkpoint in all, so that nobody goes in circles for ever; beyond that it obeys the rest of the order.
+    The regularizer's bounds are by default as wide as `rksp_core.KSSSettings` takes. ``clip``, ``learning_rate_scale``
+    and ``surprise`` None: this trainer has no such lever. ``rollbacks``: how often orders may take the trainer back to
+    a checkpoint in all, so that nobody goes in circles for ever; beyond that it obeys the rest of the order.
 
     Raises
     ------
@@ -36,6 +36,7 @@ class Limits:
     variants: tuple[Variant, ...] = VARIANTS
     clip: Bounds | None = None
     learning_rate_scale: Bounds | None = None
+    surprise: Bounds | None = None
     rollbacks: int = 3
 
     def __post_init__(self) -> None:

@@ -1,9 +1,9 @@
 """What an order to a trainer says and what the trainer answers: the content of ``desired.json`` and ``applied.json``.
 
 Values and their JSON forms only; `rksp_core.control` writes, reads and obeys them. Both forms have three versions. The
-second one adds ``kss.variant``, ``clip`` and ``learning_rate_scale``, the third ``rollback_to`` (``rolled_back_to`` in
-the answer); each is written only where it is needed: so a trainer of the first version obeys all that it knows, and
-refuses the rest by the name of the schema. No torch here: any process can import this module cheaply.
+second one adds ``kss.variant``, ``clip`` and ``learning_rate_scale``, the third ``surprise`` and ``rollback_to``
+(``rolled_back_to`` in the answer); each is written only where it is needed: so a trainer of the first version obeys all
+that it knows, and refuses the rest by the name of the schema. No torch here: any process imports this module cheaply.
 """
 
 from __future__ import annotations
@@ -64,25 +64,32 @@ class KSSSettings:
 class Levers(KSSSettings):
     """All that an order sets: the regularizer, and what lies beside it in a trainer.
 
-    ``clip`` > 0 is the largest gradient norm, ``learning_rate_scale`` > 0 a factor on the trainer's schedule. None
-    is the trainer's own: an order describes the whole state, so what it leaves out goes back to that.
+    ``clip`` > 0 is the largest gradient norm, ``learning_rate_scale`` > 0 a factor on the trainer's schedule,
+    ``surprise`` > 0 how many times its usual size a gradient may enter Adam's moments (`rksp_core.surprise`). None is
+    the trainer's own: an order describes the whole state, so what it leaves out goes back to that.
     """
 
     clip: float | None = None
     learning_rate_scale: float | None = None
+    surprise: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("clip", "learning_rate_scale"):
-            value = getattr(self, name)
+        for name, value in self.beside.items():
             if value is not None and not (is_number(value) and value > 0):
                 raise LeverError(f"{name} must be a number above 0 or left out, got {value!r}; correct it")
 
     @classmethod
-    def of(cls, kss: KSSSettings, clip: float | None, learning_rate_scale: float | None) -> Levers:
+    def of(
+        cls,
+        kss: KSSSettings,
+        clip: float | None = None,
+        learning_rate_scale: float | None = None,
+        surprise: float | None = None,
+    ) -> Levers:
         """Put the settings of the regularizer and the levers beside it together."""
         settings = {f.name: getattr(kss, f.name) for f in dataclasses.fields(KSSSettings)}
-        return cls(**settings, clip=clip, learning_rate_scale=learning_rate_scale)
+        return cls(**settings, clip=clip, learning_rate_scale=learning_rate_scale, surprise=surprise)
 
     @property
     def kss(self) -> KSSSettings:
@@ -90,20 +97,26 @@ class Levers(KSSSettings):
         return KSSSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(KSSSettings)})
 
     @property
-    def idle(self) -> bool:
-        """Whether nothing is asked for but what the trainer does by itself, with the regularizer off."""
-        return self.alpha == 0 and self.clip is None and self.learning_rate_scale is None
+    def beside(self) -> dict[str, Any]:
+        """The levers beside the regularizer, by name: numbers above 0, or None."""
+        return {name: getattr(self, name) for name in _BESIDE}
 
     @property
-    def version(self) -> Literal[1, 2]:
+    def idle(self) -> bool:
+        """Whether nothing is asked for but what the trainer does by itself, with the regularizer off."""
+        return self.alpha == 0 and not any(self.beside.values())
+
+    @property
+    def version(self) -> Literal[1, 2, 3]:
         """The first version of the files that can say this."""
-        return 1 if self.variant is None and self.clip is None and self.learning_rate_scale is None else 2
+        if self.surprise is not None:
+            return 3
+        return 2 if self.variant is not None or any(self.beside.values()) else 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, as it lies in orders and acknowledgements: what is None is left out."""
         kss = {name: value for name, value in dataclasses.asdict(self.kss).items() if value is not None}
-        beside = {"clip": self.clip, "learning_rate_scale": self.learning_rate_scale}
-        return {"kss": kss} | {name: value for name, value in beside.items() if value is not None}
+        return {"kss": kss} | {name: value for name, value in self.beside.items() if value is not None}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], version: int) -> Levers:
@@ -119,9 +132,11 @@ class Levers(KSSSettings):
         if unknown:
             raise ControlError(f"kss has no setting {unknown[0]!r}; it has {', '.join(_KSS_FIELDS)}")
         values = {**kss, **{name: document[name] for name in _BESIDE if name in document}}
-        newer = [name for name in ("variant", *_BESIDE) if name in values]
-        if version == 1 and newer:
-            raise ControlError(f"{newer[0]} needs the schema {ORDER_SCHEMAS[1]!r}; let a monitor write the order")
+        for name in ("variant", *_BESIDE):
+            first = 3 if name == "surprise" else 2
+            if name in values and version < first:
+                schema = ORDER_SCHEMAS[first - 1]
+                raise ControlError(f"{name} needs the schema {schema!r}; let a monitor write the order")
         return cls(**values)
 
 
@@ -143,7 +158,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Desired:
-    """One order of the monitor; ``clip`` and ``learning_rate_scale`` as in `Levers`.
+    """One order of the monitor; ``clip``, ``learning_rate_scale`` and ``surprise`` as in `Levers`.
 
     ``rollback_to`` asks the trainer to go back, once, to its newest checkpoint at or before this step, and to go on
     from there with the levers; None leaves it where it is. It is an event: no part of the state that the levers are.
@@ -159,12 +174,13 @@ class Desired:
     expired: bool = False
     clip: float | None = None
     learning_rate_scale: float | None = None
+    surprise: float | None = None
     rollback_to: int | None = None
 
     @property
     def levers(self) -> Levers:
         """All that the order sets."""
-        return Levers.of(self.kss, self.clip, self.learning_rate_scale)
+        return Levers.of(self.kss, self.clip, self.learning_rate_scale, self.surprise)
 
     @property
     def standing(self) -> Desired:
@@ -174,13 +190,14 @@ class Desired:
     def ended(self) -> Desired:
         """Return what holds when the order's time is over."""
         off = dataclasses.replace(self.kss, alpha=0.0, variant=None)
-        return dataclasses.replace(self.standing, kss=off, clip=None, learning_rate_scale=None, expired=True)
+        own: dict[str, Any] = dict.fromkeys(_BESIDE)
+        return dataclasses.replace(self.standing, kss=off, **own, expired=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form of ``desired.json``."""
         levers, once = self.levers, {} if self.rollback_to is None else {"rollback_to": self.rollback_to}
         return {
-            "schema": ORDER_SCHEMAS[2 if once else levers.version - 1],
+            "schema": ORDER_SCHEMAS[(3 if once else levers.version) - 1],
             "run_id": self.run_id,
             "generation": self.generation,
             **levers.to_dict(),
@@ -227,8 +244,7 @@ class Desired:
                 issued_at=document.get("issued_at", ""),
                 expires_at=expires_at,
                 reason=Reason(**reason),
-                clip=levers.clip,
-                learning_rate_scale=levers.learning_rate_scale,
+                **levers.beside,
                 rollback_to=back,
             )
         except ControlError:
@@ -255,19 +271,20 @@ class Acknowledgement:
     active_kss: KSSSettings
     active_clip: float | None = None
     active_learning_rate_scale: float | None = None
+    active_surprise: float | None = None
     rollback: bool = False
     rolled_back_to: int | None = None
 
     @property
     def active(self) -> Levers:
         """All that holds now."""
-        return Levers.of(self.active_kss, self.active_clip, self.active_learning_rate_scale)
+        return Levers.of(self.active_kss, self.active_clip, self.active_learning_rate_scale, self.active_surprise)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form of ``applied.json``."""
         active, once = self.active, {"rolled_back_to": self.rolled_back_to} if self.rollback else {}
         return {
-            "schema": ACK_SCHEMAS[2 if once else active.version - 1],
+            "schema": ACK_SCHEMAS[(3 if once else active.version) - 1],
             "run_id": self.run_id,
             "generation": self.generation,
             "step": self.step,
@@ -293,7 +310,8 @@ class Acknowledgement:
                 raise ControlError(f"an acknowledgement has schema {' or '.join(ACK_SCHEMAS)}, got {schema!r}")
             version = ACK_SCHEMAS.index(schema) + 1
             levers = Levers.from_dict(active, version)
-            reached = document["rolled_back_to"] if version == 3 else None
+            rollback = version == 3 and "rolled_back_to" in document
+            reached = document["rolled_back_to"] if rollback else None
             numbers = (
                 document["generation"],
                 document["step"],
@@ -306,9 +324,8 @@ class Acknowledgement:
                 **{name: document[name] for name in ("run_id", "generation", "step", "at", "status", "message")},
                 active_generation=active["generation"],
                 active_kss=levers.kss,
-                active_clip=levers.clip,
-                active_learning_rate_scale=levers.learning_rate_scale,
-                rollback=version == 3,
+                **{f"active_{name}": value for name, value in levers.beside.items()},
+                rollback=rollback,
                 rolled_back_to=reached,
             )
         except (KeyError, TypeError) as error:
@@ -326,11 +343,13 @@ def _check_later(document: Mapping[str, Any], version: int) -> None:
 
 
 def _step_back(document: Mapping[str, Any], version: int) -> int | None:
-    """Return the step that an order asks its trainer to go back to, which is what the third version is for."""
-    if version < 3:
-        if "rollback_to" in document:
-            raise ControlError(f"rollback_to needs the schema {ORDER_SCHEMAS[2]!r}; let a monitor write the order")
+    """Return the step that an order asks its trainer to go back to, None where it asks for no such thing."""
+    if "rollback_to" not in document:
+        if version == 3 and "surprise" not in document:
+            raise ControlError(f"an order of schema {ORDER_SCHEMAS[2]!r} names rollback_to or surprise; it has neither")
         return None
+    if version < 3:
+        raise ControlError(f"rollback_to needs the schema {ORDER_SCHEMAS[2]!r}; let a monitor write the order")
     step = document["rollback_to"]
     if not is_whole(step) or step < 0:
         raise ControlError(f"rollback_to must be a step, a whole number of at least 0, got {step!r}; correct it")

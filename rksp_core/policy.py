@@ -234,7 +234,7 @@ class Rung(Levers):
     @property
     def levers(self) -> Levers:
         """The state alone."""
-        return Levers.of(self.kss, self.clip, self.learning_rate_scale)
+        return Levers.of(self.kss, **self.beside)
 
 
 # A level that is not listed takes the entry of the next lower one that is; level 0 without an entry is off.
@@ -252,7 +252,7 @@ class Policy:
     has fallen silent: its level does not count until it is heard again. None: it always counts. With ``ratchet`` no
     order is taken back when the level falls, as it does when a trainer goes back: only a higher level asks for another,
     and a trainer that went back and has to again gets the rung's ``learning_rate_scale`` once more on top: .5, .25,
-    .125, down to `LEAST_SCALE`.
+    .125, down to `LEAST_SCALE`. A limit of ``surprise`` stays at higher levels, too: the tighter of two holds.
     ``rollback_margin``: how many steps before its last healthy event the run is trusted again, as trouble is older than
     its signs.
     """
@@ -336,7 +336,7 @@ class Hold:
                 raise ValueError("rollback_to must be a step, beside levers")
             if not (until is None or is_number(until)) or not isinstance(by, str) or not isinstance(reason, str):
                 raise ValueError("until must be a number or null, by and reason must be texts")
-            return cls(None if levers is None else Levers.from_dict(levers, 2), until, by, reason, back)
+            return cls(None if levers is None else Levers.from_dict(levers, 3), until, by, reason, back)
         except ControlError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -401,9 +401,10 @@ class PolicyState:
     """What the policy remembers: the level, that of each series, and the order that was given last.
 
     ``ordered_at`` is when it was given and ``ordered_until`` when its time is over, None for never, in seconds since
-    the epoch. ``held`` says that a hold was in force when the state was made. ``kept_level`` is the highest level that
-    a ratchet has answered, ``healthy_step`` the newest step of level 0 up to which no rule fired, ``back_level`` the
-    level at which this excursion from level 0 was answered by a rollback, 0 before, ``back_step`` the step of the last.
+    the epoch. ``held`` says that a hold was in force when the state was made. ``kept_level`` and ``kept_surprise`` are
+    the highest level that a ratchet has answered and the limit it ordered, ``healthy_step`` the newest step of level 0
+    up to which no rule fired, ``back_level`` the level at which this excursion from level 0 was answered by a rollback,
+    0 before, ``back_step`` the step of the last.
     ``back_asked`` says that the run has not gone back since, ``backs`` how often it did when the policy asked for it.
     """
 
@@ -416,6 +417,7 @@ class PolicyState:
     ordered_until: float | None = None
     held: bool = False
     kept_level: int = 0
+    kept_surprise: float | None = None
     healthy_step: int | None = None
     back_level: int = 0
     back_step: int | None = None
@@ -491,7 +493,7 @@ class Decision:
             document["level"],
             document["previous_level"],
             tuple(document["fired"]),
-            None if order is None else Levers.from_dict(order, 2),
+            None if order is None else Levers.from_dict(order, 3),
             Reason(**document["reason"]),
             document["late"],
             tuple(RuleFinding.from_dict(rule) for rule in document["rules"]),
@@ -669,6 +671,9 @@ def _order(
     if policy.ratchet and in_force is None and backs > 1 and wanted.learning_rate_scale is not None:
         scale = max(wanted.learning_rate_scale**backs, min(wanted.learning_rate_scale, LEAST_SCALE))
         wanted = dataclasses.replace(wanted, learning_rate_scale=scale)
+    if policy.ratchet and in_force is None and state.kept_surprise is not None:
+        tighter = min(wanted.surprise or math.inf, state.kept_surprise)
+        wanted = dataclasses.replace(wanted, surprise=tighter)
     # A person's word waits for no cool-down, nor does the policy at the end of it.
     due = _is_due(state, wanted, policy, at, min(ends), at_once=state.held or after.held)
     if not due and back_to is None:
@@ -679,6 +684,7 @@ def _order(
         after,
         ordered=wanted,
         kept_level=level if in_force is None else state.kept_level,
+        kept_surprise=wanted.surprise if in_force is None else state.kept_surprise,
         ordered_level=level,
         ordered_step=state.step or 0,
         ordered_at=at,

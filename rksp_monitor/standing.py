@@ -142,7 +142,7 @@ def objection(run: Run, levers: Levers, rollback_to: int | None = None) -> str |
     limits = _trainer_limits(run.folder)
     if limits is None:
         return None
-    order = Desired(run.name, 1, levers.kss, clip=levers.clip, learning_rate_scale=levers.learning_rate_scale)
+    order = Desired(run.name, 1, levers.kss, **levers.beside)
     if rollback_to is not None and limits.rollbacks == 0:
         return "the order asks to go back, this trainer never does (limits.rollbacks)"
     return limits.refusal(order)

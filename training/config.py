@@ -88,7 +88,7 @@ class Profile(Section):
 
 
 class Limits(Section):
-    """What an order may set, [least, most]; one outside is rejected. clip and learning_rate_scale null: not at all.
+    """What an order may set, [least, most]; one outside is rejected. The levers beside KSS null: not at all.
 
     ``rollbacks``: how often orders may take the run back to a checkpoint in all.
     """
@@ -100,6 +100,7 @@ class Limits(Section):
     variants: tuple[Variant, ...] = VARIANTS
     clip: Range | None = (0.01, 100.0)
     learning_rate_scale: Range | None = (0.01, 1.0)
+    surprise: Range | None = (0.01, 100.0)
     rollbacks: Whole = 3
 
     @model_validator(mode="after")
@@ -210,7 +211,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _shards_can_be_had(self) -> Config:
         """FSDP2 replaces parameters by shards, which neither parametrizations nor second derivatives take."""
-        names = ("surprise", "spectral_norm", "weight_norm", "gradient_penalty", "jacobian")
+        names = ("spectral_norm", "weight_norm", "gradient_penalty", "jacobian")
         for name in names if self.parallel == "fsdp" else ():
             if getattr(self.stabilizers, name) is not None:
                 raise ValueError(f"stabilizers.{name} cannot be had with parallel: fsdp; choose parallel: ddp")

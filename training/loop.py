@@ -19,7 +19,7 @@ from training.ranks import Ranks
 from training.rollback import go_back
 from training.run import Run, build_run
 from training.run_folder import newest_checkpoint, open_folder, read_rollbacks, write_probe
-from training.step import advance, autocast
+from training.step import advance, autocast, surprise_limit
 from training.tasks import PROBE
 from training.tasks.evaluation import evaluate
 
@@ -113,7 +113,8 @@ def obey(run: Run, *, stop: bool, say: Say) -> bool:
         say(
             f"step {left:6d}  an order: {back}KSS weight {levers.alpha:g} every {levers.interval} steps on "
             f"{levers.layer_fraction:g} of the layers, {levers.variant or own.kss.variant} form; "
-            f"clip {levers.clip or own.stabilizers.clip or 'off'}, learning rate x {levers.learning_rate_scale or 1:g}"
+            f"clip {levers.clip or own.stabilizers.clip or 'off'}, surprise {surprise_limit(run) or 'off'}, "
+            f"learning rate x {levers.learning_rate_scale or 1:g}"
         )
     return stop
 

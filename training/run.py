@@ -140,10 +140,10 @@ def build_run(config: Config, ranks: Ranks) -> Run:
     limits = Limits(**dict(config.control.limits))
     least, most = limits.layer_fraction  # an order may not ask for less than one layer either
     limits = replace(limits, layer_fraction=(max(least, 1 / blocks), most))
-    follower = ControlFollower(config.control_folder, config.run_id, regularizer, limits)
     penalties = build_penalties(config.stabilizers, model, config.seed)
     parallel = ranks.wrap(model, config.parallel)
     optimizer = build_optimizer(config.optimizer, model)
+    follower = ControlFollower(config.control_folder, config.run_id, regularizer, limits, optimizers=[optimizer])
     sam = None if config.stabilizers.sam is None else SAM(**config.stabilizers.sam.model_dump())
     return Run(config, ranks, task, model, parallel, optimizer, regularizer, follower, penalties, sam)
 

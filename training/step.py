@@ -86,11 +86,12 @@ def advance(run: Run) -> Record:
     rate *= run.follower.levers.learning_rate_scale or 1.0
     run.labels = judge(run.labels, step, figures.loss, float(norm))
     if not run.diverged:
-        if config.stabilizers.surprise is not None:
-            clip_surprise(run.optimizer, config.stabilizers.surprise)
+        surprise = surprise_limit(run)
+        if surprise is not None:
+            clip_surprise(run.optimizer, surprise)
         clip = run.follower.levers.clip or config.stabilizers.clip
         if clip is not None:
-            left = norm if config.stabilizers.surprise is None else whole(nn.utils.get_total_norm(gradients))
+            left = norm if surprise is None else whole(nn.utils.get_total_norm(gradients))
             nn.utils.clip_grads_with_norm_(parameters, clip, left)
         for group in run.optimizer.param_groups:
             group["lr"] = rate * group.get("factor", 1.0)
@@ -111,6 +112,12 @@ def advance(run: Run) -> Record:
         step_seconds=seconds,
         tokens_per_second=None if batch.inputs.is_floating_point() else batch.inputs.numel() / seconds,
     )
+
+
+def surprise_limit(run: Run) -> float | None:
+    """Return the tighter limit of surprise, an order's or the run's own; None where there is neither."""
+    limits = (run.follower.levers.surprise, run.config.stabilizers.surprise)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 @dataclass(frozen=True)

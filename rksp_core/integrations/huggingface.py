@@ -39,7 +39,9 @@ class RkspCallback(Loop, TrainerCallback):
     callbacks and do not see them. A step whose weights are profiled is logged, as the loss and the gradient norm of
     the profile are those of the log: so the loss is the mean since the previous log, KSS term included.
 
-    An order's clip threshold takes the place of ``max_grad_norm``, its factor multiplies whatever the scheduler says.
+    An order's clip threshold takes the place of ``max_grad_norm``, its factor multiplies whatever the scheduler says,
+    its limit of surprise is kept last, as the optimizer steps. An optimizer without Adam's second moments has none: an
+    order of surprise is rejected.
     KSS steps and the order that holds are kept in ``trainer_state.json`` and come back with
     ``resume_from_checkpoint``.
 
@@ -65,12 +67,12 @@ class RkspCallback(Loop, TrainerCallback):
         """Attach to the model; the Trainer has loaded its weights and wrapped it."""
         _refuse(args)
         self.load_state_dict(_kept(state).get(STATE, {}))
-        self.begin(kwargs["model"], state.global_step)
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        self.begin(kwargs["model"], state.global_step, [optimizer])
         self._clip = args.max_grad_norm
         self._undo.callback(setattr, args, "max_grad_norm", self._clip)
         if self.limits.learning_rate_scale is not None:
-            optimizer = kwargs["optimizer"]
-            self._rate = LearningRateScale([getattr(optimizer, "optimizer", optimizer)])
+            self._rate = LearningRateScale([optimizer])
             self._undo.callback(self._rate.remove)
         self._apply(args)
         if self.profile_due(state.global_step):
@@ -137,6 +139,7 @@ class RkspCallback(Loop, TrainerCallback):
             args.max_grad_norm = self._clip if levers.clip is None else levers.clip
         if self._rate is not None:
             self._rate.factor = levers.learning_rate_scale or 1.0
+        self._surprise.limit = levers.surprise
 
     def _added(self, model: nn.Module, named: dict[str, Any], output: Any, share: float) -> Any:
         """Return the model's output, its loss with the term; a pass without gradient (generation) stays as it is."""

@@ -35,7 +35,8 @@ class RkspCallback(Loop, Callback):
     """Obeys a monitor at the optimizer steps of a Lightning `Trainer`, adds the KSS term, writes profiles.
 
     ``kss_weight``, ``kss_term`` (the last one) and ``kss_skipped_layers`` are logged with the module's own figures. An
-    order's clip threshold takes the place of ``gradient_clip_val``, its factor multiplies whatever the schedulers say.
+    order's clip threshold takes the place of ``gradient_clip_val``, its factor multiplies whatever the schedulers say,
+    its limit of surprise is kept last, as the optimizers step; without Adam's second moments it is rejected.
     KSS steps and the order that holds are kept in checkpoints. With automatic optimization a step is an optimizer
     step; with manual optimization it is a batch, and the term joins the first loss given to ``manual_backward`` after
     a forward pass.
@@ -68,7 +69,7 @@ class RkspCallback(Loop, Callback):
         self._network = _network(pl_module, self._name)
         if self.limits.clip is not None:
             _refuse_to_clip(trainer, pl_module)
-        self.begin(self._network, trainer.global_step)
+        self.begin(self._network, trainer.global_step, trainer.optimizers)
         self._clip = trainer.gradient_clip_val
         self._undo.callback(setattr, trainer, "gradient_clip_val", self._clip)
         if self.limits.learning_rate_scale is not None:
@@ -136,6 +137,7 @@ class RkspCallback(Loop, Callback):
             trainer.gradient_clip_val = self._clip if levers.clip is None else levers.clip
         if self._rate is not None:
             self._rate.factor = levers.learning_rate_scale or 1.0
+        self._surprise.limit = levers.surprise
 
 
 def _network(module: LightningModule, name: str | None) -> nn.Module:

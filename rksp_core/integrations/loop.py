@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, SupportsFloat
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rksp_core.batch import Batch
 from rksp_core.errors import ConfigError
@@ -18,6 +20,7 @@ from rksp_core.limits import Limits
 from rksp_core.orders import KSSSettings
 from rksp_core.profile_writer import ProfileWriter
 from rksp_core.profiling import profile_model
+from rksp_core.surprise import SurpriseClip
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +40,8 @@ class Loop:
     kss
         The regularizer until an order comes; off by default.
     limits
-        What an order may set. The clip threshold and the learning rate are left alone unless their limits say
-        otherwise.
+        What an order may set. The clip threshold, the learning rate and the surprise of gradients are left alone
+        unless their limits say otherwise.
     rollback
         Takes the trainer back to a checkpoint, as `rksp_core.ControlFollower` says; None: an order that asks for it is
         told that this trainer cannot.
@@ -86,8 +89,10 @@ class Loop:
         self._term: float | Tensor = 0.0
         self._profiled: int | None = None
 
-    def begin(self, model: nn.Module, step: int) -> None:
+    def begin(self, model: nn.Module, step: int, optimizers: Sequence[Optimizer] = ()) -> None:
         """Start on a model that is ready to train, after ``step`` updates: on its device, its weights loaded.
+
+        ``optimizers``, their state loaded, are those whose surprise an order may limit.
 
         Raises
         ------
@@ -102,8 +107,15 @@ class Loop:
         )
         self.regularizer.configure(kss)
         self.follower = ControlFollower(
-            self.run_folder / "control", self.run_id, self.regularizer, self.limits, rollback=self._rollback
+            self.run_folder / "control",
+            self.run_id,
+            self.regularizer,
+            self.limits,
+            optimizers=optimizers,
+            rollback=self._rollback,
         )
+        self._surprise = SurpriseClip(() if self.limits.surprise is None else optimizers)
+        self._undo.callback(self._surprise.remove)
         self._begun = True
         kept, self._kept = self._kept, {}
         if kept:

@@ -24,7 +24,7 @@ from rksp_core.orders import Acknowledgement, Desired, KSSSettings, Levers, Reas
 
 ON = KSSSettings(alpha=0.15)
 ALL_LEVERS = Levers(0.15, variant="hinge", clip=0.5, learning_rate_scale=0.25)
-WIDE = Limits(clip=(0.1, 10.0), learning_rate_scale=(0.1, 1.0))
+WIDE = Limits(clip=(0.1, 10.0), learning_rate_scale=(0.1, 1.0), surprise=(0.5, 100.0))
 
 
 class Clock:
@@ -201,8 +201,11 @@ BROKEN = {
     "no clip": '{"schema": "rksp.control/2", "run_id": "run", "generation": 2, "kss": {"alpha": 0}, "clip": 0}',
     "rollback in the second version": '{"schema": "rksp.control/2", "run_id": "run", "generation": 2, "kss": '
     '{"alpha": 0}, "rollback_to": 3}',
-    "no step in the third version": '{"schema": "rksp.control/3", "run_id": "run", "generation": 2, "kss": '
+    "nothing of the third version": '{"schema": "rksp.control/3", "run_id": "run", "generation": 2, "kss": '
     '{"alpha": 0}}',
+    "surprise in the second version": '{"schema": "rksp.control/2", "run_id": "run", "generation": 2, "kss": '
+    '{"alpha": 0}, "surprise": 1}',
+    "no surprise": '{"schema": "rksp.control/3", "run_id": "run", "generation": 2, "kss": {"alpha": 0}, "surprise": 0}',
     "no step to go back to": '{"schema": "rksp.control/3", "run_id": "run", "generation": 2, "kss": {"alpha": 0}, '
     '"rollback_to": -1}',
     "unknown variant": '{"schema": "rksp.control/2", "run_id": "run", "generation": 2, "kss": '
@@ -307,15 +310,17 @@ def test_a_group_that_may_read_orders_may_answer_them(tmp_path: Path, mode: int,
     variant=st.sampled_from([None, "paper", "hinge"]),
     clip=st.none() | st.floats(1e-6, 1e6),
     scale=st.none() | st.floats(1e-6, 1e6),
+    surprise=st.none() | st.floats(1e-6, 1e6),
     back=st.none() | st.integers(0, 10**6),
 )
 def test_orders_and_answers_survive_json_in_the_first_version_that_can_say_them(
-    alpha, interval, variant, clip, scale, back
+    alpha, interval, variant, clip, scale, surprise, back
 ):
     kss = KSSSettings(alpha, interval, variant=variant)
-    order = Desired("run", 3, kss, clip=clip, learning_rate_scale=scale, rollback_to=back)
-    answer = Acknowledgement("run", 3, 9, "", "applied", "", 3, kss, clip, scale, back is not None, back)
-    version = 3 if back is not None else 1 if (variant, clip, scale) == (None, None, None) else 2
+    order = Desired("run", 3, kss, clip=clip, learning_rate_scale=scale, surprise=surprise, rollback_to=back)
+    answer = Acknowledgement("run", 3, 9, "", "applied", "", 3, kss, clip, scale, surprise, back is not None, back)
+    first = 1 if (variant, clip, scale) == (None, None, None) else 2
+    version = first if (surprise, back) == (None, None) else 3
     assert order.to_dict()["schema"] == f"rksp.control/{version}"
     assert answer.to_dict()["schema"] == f"rksp.control.ack/{version}"
     assert Desired.from_dict(json.loads(json.dumps(order.to_dict()))) == order
@@ -385,6 +390,50 @@ def test_an_order_of_the_second_version_names_only_what_it_sets(tmp_path: Path):
     assert order.levers == Levers(alpha=0.1, clip=2)
 
 
+def test_an_order_of_surprise_is_of_the_third_version_with_or_without_going_back(tmp_path: Path, clock: Clock) -> None:
+    writer = ControlWriter(tmp_path, clock=clock)
+    listener = ControlListener(tmp_path, "run", WIDE, clock=clock)
+    for back in (None, 20):
+        sent = writer.issue("run", KSSSettings(), Reason(), surprise=1.0, rollback_to=back, expires_in=60)
+        document = json.loads((tmp_path / "desired.json").read_text())
+        assert (document["schema"], document["surprise"], "rollback_to" in document) == (
+            "rksp.control/3",
+            1.0,
+            bool(back),
+        )
+        order = listener.poll(25)
+        assert order == sent
+        listener.acknowledge(order, 25)
+        said = answer(tmp_path)
+        assert (said["schema"], said["active"]["surprise"]) == ("rksp.control.ack/3", 1.0)
+        assert ("rolled_back_to" in said, writer.applied().rollback) == (bool(back), bool(back))
+    clock.now += 61
+    ended = listener.poll(30)
+    assert ended is not None
+    assert ended.levers == Levers()
+
+
+def test_what_stands_in_the_way_of_levers_within_the_limits_is_said_and_what_held_goes_on(
+    tmp_path: Path, clock: Clock
+) -> None:
+    def obstacle(levers: Levers) -> str | None:
+        return None if levers.surprise is None else "this trainer has SGD"
+
+    writer = ControlWriter(tmp_path, clock=clock)
+    listener = ControlListener(tmp_path, "run", WIDE, obstacle=obstacle, clock=clock)
+    writer.issue("run", ON, Reason(), clip=0.5, expires_in=60)
+    listener.acknowledge(listener.poll(1), 1)
+    writer.issue("run", ON, Reason(), surprise=1.0, expires_in=6000)
+    assert listener.poll(2) is None
+    said = writer.applied()
+    assert said is not None
+    assert (said.status, said.message, said.active) == ("rejected", "this trainer has SGD", Levers(0.15, clip=0.5))
+    clock.now += 61
+    ended = listener.poll(3)
+    assert ended is not None
+    assert (ended.generation, ended.expired) == (1, True)
+
+
 def test_a_clock_set_back_over_a_restart_does_not_revive_an_expired_order(writer: ControlWriter, clock: Clock):
     writer.issue("run", ON, Reason(), expires_in=60)
     first = ControlListener(writer.folder, "run", clock=clock)
@@ -409,6 +458,7 @@ OUTSIDE = [
         Levers(learning_rate_scale=2.0),
         "learning_rate_scale 2.0, this trainer allows 0.1 to 1 (limits.learning_rate_scale)",
     ),
+    (Levers(surprise=0.1), "surprise 0.1, this trainer allows 0.5 to 9 (limits.surprise)"),
 ]
 
 
@@ -417,11 +467,11 @@ def test_an_order_outside_the_limits_is_rejected_and_what_held_goes_on(
     tmp_path: Path, clock: Clock, bad: Levers, message: str
 ):
     writer = ControlWriter(tmp_path, clock=clock)
-    limits = Limits((0, 0.2), (10, 20), (0.5, 0.5), (0.3, 0.5), ("paper",), learning_rate_scale=(0.1, 1))
+    limits = Limits((0, 0.2), (10, 20), (0.5, 0.5), (0.3, 0.5), ("paper",), None, (0.1, 1), (0.5, 9))
     listener = ControlListener(tmp_path, "run", limits, clock=clock)
     writer.issue("run", ON, Reason(), learning_rate_scale=0.5, expires_in=60)
     listener.acknowledge(listener.poll(1), 1)
-    writer.issue("run", bad.kss, Reason(), clip=bad.clip, learning_rate_scale=bad.learning_rate_scale)
+    writer.issue("run", bad, Reason())
     assert listener.poll(2) is None
     said = writer.applied()
     assert said is not None
@@ -447,6 +497,7 @@ def test_off_is_never_outside_the_limits():
         ({"alpha": None}, "limits.alpha must be [lowest, highest], got None"),
         ({"clip": (0.0, math.nan)}, "limits.clip must be [lowest, highest]"),
         ({"learning_rate_scale": 0.5}, "limits.learning_rate_scale must be [lowest, highest], got 0.5"),
+        ({"surprise": (2.0, 1.0)}, "limits.surprise must be [lowest, highest], got (2.0, 1.0)"),
         ({"variants": ("papers",)}, "limits.variants has 'papers'; the variants are paper, hinge"),
         ({"rollbacks": -1}, "limits.rollbacks must be a whole number of at least 0, got -1; correct it"),
     ],
@@ -456,7 +507,7 @@ def test_impossible_limits_are_refused_in_one_sentence(bad: dict, message: str):
         Limits(**bad)
 
 
-@pytest.mark.parametrize("lever", ["clip", "learning_rate_scale"])
+@pytest.mark.parametrize("lever", ["clip", "learning_rate_scale", "surprise"])
 def test_a_lever_out_of_range_is_never_written(writer: ControlWriter, lever: str):
     with pytest.raises(ControlError, match=f"{lever} must be a number above 0"):
         writer.issue("run", ON, Reason(), **{lever: 0.0})
@@ -497,7 +548,7 @@ def test_a_trainer_of_the_first_version_refuses_the_second_by_its_schema(
 
 
 def test_an_order_may_be_given_its_levers_in_one(tmp_path: Path) -> None:
-    levers = Levers(alpha=0.1, clip=0.5, learning_rate_scale=0.25)
+    levers = Levers(alpha=0.1, clip=0.5, learning_rate_scale=0.25, surprise=2.0)
     assert ControlWriter(tmp_path).issue("run", levers, Reason()).levers == levers
 
 

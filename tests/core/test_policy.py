@@ -511,7 +511,7 @@ def test_a_level_may_order_the_learning_rate_alone_and_it_is_renewed_and_cleared
 @pytest.mark.parametrize("ordered", [STRONG, Levers(0.2, variant="hinge", clip=0.5, learning_rate_scale=0.1)])
 def test_the_state_survives_json(ordered: Levers):
     series = {"checkpoint": Series(2, 40, (0, 2, 2)), "profile": Series(0, None, ())}
-    state = PolicyState(2, series, ordered, 2, 40, 17.5, 99.5, True, 3, 30, 2, 40)
+    state = PolicyState(2, series, ordered, 2, 40, 17.5, 99.5, True, 3, 1.5, 30, 2, 40)
     assert PolicyState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
 
 
@@ -676,6 +676,37 @@ def test_a_trainer_that_went_back_is_healthy_again_and_is_taken_back_when_it_goe
         made.append((decision.order, decision.rollback_to))
     assert made == [(None, None), (None, None), (Levers(learning_rate_scale=0.25), 30)]  # half was not enough
     assert PolicyState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
+
+
+def test_with_a_ratchet_the_tighter_of_two_limits_of_surprise_holds_and_is_not_taken_back():
+    ladder = {1: Rung(surprise=2.0), 2: Rung(clip=1.0), 3: Rung(surprise=1.0)}
+    policy = dataclasses.replace(BACK, ratchet=True, ladder=ladder)
+    loose, tight = Levers(surprise=2.0), Levers(surprise=1.0)
+    assert [d.order for d in history([0, 1, 2, 3, 0], policy)] == [
+        None,
+        loose,
+        Levers(clip=1.0, surprise=2.0),  # the rung's own levers, with the limit that holds already
+        tight,
+        None,
+    ]
+    wider = dataclasses.replace(policy, ladder={2: Rung(surprise=1.0), 3: Rung(surprise=4.0)})
+    assert [d.order for d in history([0, 2, 3, 0], wider)] == [None, tight, None, None]
+    plain = dataclasses.replace(policy, ratchet=False, clear_after=1, cooldown_steps=0)
+    assert [d.order for d in history([1, 2, 0], plain)] == [loose, Levers(clip=1.0), Levers()]
+
+
+def test_a_ratchet_keeps_no_limit_of_surprise_that_a_person_ordered():
+    policy = dataclasses.replace(BACK, ratchet=True, ladder={1: Rung(surprise=2.0), 3: Rung(clip=1.0)})
+    state, _ = decide(PolicyState(), Evidence(Drift(10, {"loss": 1.0}), 10.0), policy)
+    state, decision = decree(state, policy, holding(Levers(surprise=0.5)), 11.0)
+    assert decision is not None
+    assert (decision.order, state.kept_surprise) == (Levers(surprise=0.5), 2.0)
+    state, decision = decree(state, policy, None, 12.0)
+    assert decision is not None
+    assert decision.order == Levers(surprise=2.0)
+    _, decision = decide(state, Evidence(Drift(20, {"loss": 3.0}), 20.0), policy)
+    assert decision.order == Levers(clip=1.0, surprise=2.0)
+    assert Decision.from_dict(json.loads(json.dumps(decision.to_dict()))) == decision
 
 
 def test_a_rollback_that_was_asked_for_and_not_made_does_not_count():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from rksp_core.surprise import clip_surprise
+from rksp_core.surprise import SurpriseClip, clip_surprise, obstacle
 
 
 def trained(steps: int, size: float = 0.1) -> tuple[list[nn.Parameter], torch.optim.AdamW]:
@@ -74,3 +76,87 @@ def test_a_parameter_without_entries_is_passed_over() -> None:
     optimizer.step()
     empty.grad = torch.zeros(0)
     assert clip_surprise(optimizer) == 0.0
+
+
+OPTIMIZERS: list[tuple[type[torch.optim.Optimizer], str | None, str | None]] = [
+    (torch.optim.Adam, None, None),
+    (torch.optim.AdamW, None, None),
+    (torch.optim.NAdam, None, None),
+    (torch.optim.RAdam, None, None),
+    (torch.optim.SGD, "SGD does not keep", "SGD does not keep"),
+    (torch.optim.Adafactor, "Adafactor does not keep", "Adafactor does not keep"),
+    (torch.optim.Adamax, "Adamax does not show before its first step", "Adamax does not keep"),
+]
+
+
+@pytest.mark.parametrize(("kind", "before", "after"), OPTIMIZERS, ids=lambda value: getattr(value, "__name__", ""))
+def test_an_optimizer_says_beforehand_whether_it_can_be_clipped(
+    kind: type[torch.optim.Optimizer], before: str | None, after: str | None
+) -> None:
+    parameter = nn.Parameter(torch.zeros(3, 2))
+    optimizer = kind([parameter])  # type: ignore[call-arg]
+    for said in (before, after):
+        found = obstacle(optimizer)
+        assert (
+            found is None
+            if said is None
+            else found is not None and f"the second moments of Adam, which {said}" in found
+        )
+        if found is None:
+            clip_surprise(optimizer)
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+
+def jumping(clip: str, **settings: Any) -> torch.Tensor:
+    """The weights after five even gradients and one a thousand times as large, clipped in some way."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3).double()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, **settings)
+    inputs = torch.randn(8, 4, dtype=torch.float64)
+    hook = SurpriseClip([optimizer])
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled="scaled" in clip)  # type: ignore[attr-defined]
+
+    def closure(size: float = 1.0) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = size * layer(inputs).square().sum()
+        scaler.scale(loss).backward()
+        return loss
+
+    for step in range(6):
+        size = 1000.0 if step == 5 else 1.0
+        hook.limit = 1.0 if "hook" in clip and step == 5 else None
+        if clip == "hook, closure":
+            optimizer.step(lambda size=size: closure(size))
+            continue
+        closure(size)
+        if clip == "by hand" and step == 5:
+            assert clip_surprise(optimizer) > 100
+        if "unscaled" in clip:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    hook.remove()
+    assert not optimizer._optimizer_step_pre_hooks
+    return torch.cat([parameter.detach().flatten() for parameter in layer.parameters()])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clip", ["hook", "hook, closure", "hook, scaled", "hook, scaled and unscaled"])
+def test_a_step_is_clipped_wherever_its_gradients_come_from(clip: str, fused: bool) -> None:
+    """From a closure, which runs inside of the step; scaled, as a fused optimizer under a GradScaler takes them."""
+    by_hand = jumping("by hand", fused=fused)
+    torch.testing.assert_close(jumping(clip, fused=fused), by_hand, rtol=1e-12, atol=0)
+    assert (by_hand - jumping("none", fused=fused)).abs().max() > 1e-3
+    assert torch.equal(jumping("none", fused=fused), jumping("none, scaled", fused=fused))
+
+
+def test_a_step_that_a_scaler_leaves_out_is_left_out() -> None:
+    parameters, optimizer = trained(3)
+    before = [parameter.detach().clone() for parameter in parameters]
+    SurpriseClip([optimizer]).limit = 1.0
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)  # type: ignore[attr-defined]
+    scaler.scale(sum((torch.inf * parameter).sum() for parameter in parameters)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(parameter, start) for parameter, start in zip(parameters, before, strict=True))

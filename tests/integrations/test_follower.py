@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from rksp_core import KSSRegularizer, KSSSettings, Limits
 from rksp_core.control import ControlWriter
@@ -15,7 +16,7 @@ from rksp_core.follower import ControlFollower
 from rksp_core.orders import Levers, Reason
 from tests.integrations.words import Words
 
-ALL = Limits(clip=(0.1, 10.0), learning_rate_scale=(0.1, 1.0))
+ALL = Limits(clip=(0.1, 10.0), learning_rate_scale=(0.1, 1.0), surprise=(0.1, 10.0))
 ORDER = KSSSettings(0.2, 7, 0.3, 0.45, "hinge")
 
 
@@ -28,8 +29,8 @@ def test_an_order_reaches_the_regularizer_and_the_levers_beside_it(tmp_path: Pat
     one, regularizer = follower(tmp_path)
     assert one.follow(0) is None
     assert one.levers.alpha == 0.05
-    ControlWriter(tmp_path).issue("run", ORDER, Reason(), clip=0.5, learning_rate_scale=0.25)
-    assert one.follow(3) == one.levers == Levers.of(ORDER, 0.5, 0.25)
+    ControlWriter(tmp_path).issue("run", ORDER, Reason(), clip=0.5, learning_rate_scale=0.25, surprise=2.0)
+    assert one.follow(3) == one.levers == Levers.of(ORDER, 0.5, 0.25, 2.0)
     assert regularizer.settings == ORDER
     assert one.follow(4) is None
     answer = json.loads((tmp_path / "applied.json").read_text())
@@ -45,7 +46,7 @@ def test_an_order_whose_time_is_over_gives_everything_back(tmp_path: Path) -> No
 
 def test_a_restored_follower_holds_the_order_and_takes_a_newer_one(tmp_path: Path) -> None:
     one, _ = follower(tmp_path / "here")
-    ControlWriter(tmp_path / "here").issue("run", ORDER, Reason(), clip=0.5, expires_in=3600.0)
+    ControlWriter(tmp_path / "here").issue("run", ORDER, Reason(), clip=0.5, surprise=2.0, expires_in=3600.0)
     one.follow(0)
     state = json.loads(json.dumps(one.state_dict()))
     other, regularizer = follower(tmp_path / "there")
@@ -77,7 +78,7 @@ def test_an_answer_that_cannot_be_written_is_logged_and_stops_nothing(
 
 def answer_to_a_rollback(one: ControlFollower, folder: Path) -> dict:
     ControlWriter(folder).issue("run", ORDER, Reason(), clip=0.5, rollback_to=30)
-    assert one.follow(42) == one.levers == Levers.of(ORDER, 0.5, None)
+    assert one.follow(42) == one.levers == Levers.of(ORDER, 0.5)
     return json.loads((folder / "applied.json").read_text())
 
 
@@ -135,3 +136,54 @@ def test_a_loop_goes_back_as_often_as_it_allows_counted_over_restarts(tmp_path: 
         one.follow(60)
         state = json.loads(json.dumps(one.state_dict()))
     assert (went, state["rollbacks"]) == ([50, 40], 3)
+
+
+def stepped(kind: type[torch.optim.Optimizer], model: torch.nn.Module) -> torch.optim.Optimizer:
+    optimizer = kind(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adamax, torch.optim.AdamW])
+def test_an_order_of_surprise_is_rejected_as_a_whole_where_the_optimizer_keeps_no_second_moments(
+    tmp_path: Path, kind: type[torch.optim.Optimizer]
+) -> None:
+    model = Words()
+    regularizer, optimizer = KSSRegularizer(model), stepped(kind, model)
+    one = ControlFollower(tmp_path, "run", regularizer, ALL, optimizers=[optimizer])
+    writer = ControlWriter(tmp_path)
+    writer.issue("run", ORDER, Reason(), clip=0.5)
+    assert one.follow(1) == Levers.of(ORDER, 0.5)
+    writer.issue("run", KSSSettings(), Reason(), clip=0.7, surprise=2.0)
+    able = kind is torch.optim.AdamW
+    assert one.follow(2) == (Levers(clip=0.7, surprise=2.0) if able else None)
+    said = writer.applied()
+    assert said is not None
+    assert (said.status, said.active) == ("applied" if able else "rejected", one.levers)
+    if not able:
+        assert one.levers == Levers.of(ORDER, 0.5), "what held goes on"
+        assert said.message == (
+            f"the order asks for surprise 2.0, and surprise clipping needs the second moments of Adam, which "
+            f"{kind.__name__} does not keep; clip by the norm of the gradient"
+        )
+
+
+def test_a_loop_that_resumes_with_another_optimizer_holds_the_rest_of_its_order(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Words()
+    one = ControlFollower(tmp_path, "run", KSSRegularizer(model), ALL, optimizers=[stepped(torch.optim.AdamW, model)])
+    writer = ControlWriter(tmp_path)
+    writer.issue("run", ORDER, Reason(), clip=0.5, surprise=2.0)
+    assert one.follow(1) == Levers.of(ORDER, 0.5, None, 2.0)
+    state = json.loads(json.dumps(one.state_dict()))
+    other = ControlFollower(tmp_path, "run", KSSRegularizer(model), ALL, optimizers=[stepped(torch.optim.SGD, model)])
+    other.load_state_dict(state)
+    assert other.levers == Levers.of(ORDER, 0.5)
+    assert "order 1 holds without surprise: the order asks for surprise 2.0, and surprise clipping needs" in caplog.text
+    assert other.follow(1) is None  # the same order is there still
+    said = writer.applied()
+    assert said is not None
+    assert (said.status, said.active) == ("rejected", Levers.of(ORDER, 0.5))

@@ -17,6 +17,7 @@ from rksp_core.control import ControlWriter
 from rksp_core.errors import ConfigError, ModelError
 from rksp_core.integrations.huggingface import RkspCallback
 from rksp_core.orders import Levers, Reason
+from rksp_core.surprise import clip_surprise
 from tests.integrations.words import IGNORED, OwnMean, Words, rows, stacked, weights
 
 STRONG = KSSSettings(alpha=5.0, interval=1, layer_fraction=1.0)
@@ -108,9 +109,7 @@ class Orders(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step in self.after:
-            levers = self.after[state.global_step]
-            beside = {"clip": levers.clip, "learning_rate_scale": levers.learning_rate_scale}
-            self.writer.issue(self.folder.resolve().name, levers.kss, Reason(), **beside)
+            self.writer.issue(self.folder.resolve().name, self.after[state.global_step], Reason())
 
     def answer(self) -> dict[str, Any]:
         return json.loads((self.folder / "control" / "applied.json").read_text())
@@ -170,6 +169,47 @@ def test_clip_and_learning_rate_go_where_an_order_says_and_back(tmp_path: Path) 
     assert args.max_grad_norm == 0.1
 
 
+SURPRISE = Limits(surprise=(0.1, 1.0))
+
+
+def test_surprise_is_clipped_as_long_as_an_order_says_and_over_a_resume(tmp_path: Path) -> None:
+    """After accumulation and the Trainer's own clip, as by hand; the order is in the checkpoint."""
+
+    class ByHand(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if 2 <= state.global_step < 5:
+                assert clip_surprise(getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]), 0.2) > 0.2
+
+    settings = {"max_steps": 6, "optim": "adamw_torch", "gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
+    settings |= {"save_strategy": "steps", "save_steps": 3}
+    monitor = Orders(tmp_path / "a", step_2=Levers(surprise=0.2), step_5=Levers())
+    expected, ordered, free, resumed = Words(), Words(), Words(), Words()
+    train(expected, arguments(tmp_path / "b", **settings), ByHand(), count=24)
+    train(
+        ordered, arguments(tmp_path / "a", **settings), monitor, RkspCallback(tmp_path / "a", limits=SURPRISE), count=24
+    )
+    train(free, arguments(tmp_path / "c", **settings), RkspCallback(tmp_path / "c", limits=SURPRISE), count=24)
+    assert torch.equal(weights(ordered), weights(expected))
+    assert (weights(free) - weights(expected)).abs().max() > 1e-3
+    assert (monitor.answer()["status"], "surprise" in monitor.answer()["active"]) == ("applied", False)
+    again = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "a" / "checkpoint-3", again / "checkpoint-3")
+    off = Orders(again, step_5=Levers())
+    train(resumed, arguments(again, **settings), off, RkspCallback(again, limits=SURPRISE), count=24, resume=True)
+    assert torch.equal(weights(resumed), weights(ordered))
+
+
+def test_surprise_is_no_lever_of_an_optimizer_without_second_moments(tmp_path: Path) -> None:
+    """The training goes on with what held, and the answer says why."""
+    monitor = Orders(tmp_path, step_1=Levers(alpha=0.2, surprise=0.5))
+    trainer = train(
+        Words(), arguments(tmp_path, max_steps=3), monitor, RkspCallback(tmp_path, limits=SURPRISE), count=6
+    )
+    assert figures(trainer, "kss_weight") == [0.0] * 3
+    assert monitor.answer()["status"] == "rejected"
+    assert "second moments of Adam, which SGD does not keep" in monitor.answer()["message"]
+
+
 def test_an_order_beyond_the_limits_is_refused(tmp_path: Path) -> None:
     monitor = Orders(tmp_path, step_1=Levers(alpha=0.2, clip=0.5))
     trainer = train(Words(), arguments(tmp_path, max_steps=3), monitor, RkspCallback(tmp_path), count=6)
@@ -212,7 +252,7 @@ def test_what_an_exception_left_behind_is_undone_by_the_next_training_or_by_hand
         def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
             raise RuntimeError("out of luck")
 
-    limits = Limits(clip=(0.1, 1.0), learning_rate_scale=(0.1, 1.0))
+    limits = Limits(clip=(0.1, 1.0), learning_rate_scale=(0.1, 1.0), surprise=(0.1, 1.0))
     ControlWriter(tmp_path / "control").issue(tmp_path.name, STRONG, Reason(), clip=0.5, learning_rate_scale=0.5)
     model, loop, args = Words(), RkspCallback(tmp_path, limits=limits), arguments(tmp_path, max_grad_norm=0.7)
     trainer = InOrder(model, args, train_dataset=rows(4), callbacks=[loop, Failing()])
@@ -223,7 +263,7 @@ def test_what_an_exception_left_behind_is_undone_by_the_next_training_or_by_hand
             loop.end()
         hooked = [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
         assert bool(hooked) != again
-        assert len(trainer.optimizer.optimizer._optimizer_step_pre_hooks) == 1 - again
+        assert len(trainer.optimizer.optimizer._optimizer_step_pre_hooks) == (0 if again else 2)
         assert args.max_grad_norm == (0.7 if again else 0.5)
         (tmp_path / "control" / "desired.json").unlink(missing_ok=True)
 

@@ -18,6 +18,7 @@ from rksp_core.control import ControlWriter
 from rksp_core.errors import ConfigError
 from rksp_core.integrations.lightning import RkspCallback
 from rksp_core.orders import Levers, Reason
+from rksp_core.surprise import clip_surprise
 from tests.integrations.words import Words, rows, stacked, weights
 
 STRONG = KSSSettings(alpha=5.0, interval=1, layer_fraction=1.0)
@@ -158,9 +159,7 @@ class Monitor(Callback):
         self.moves.append(float((now - self.last).norm()))
         self.last = now
         if trainer.global_step in self.after:
-            levers = self.after.pop(trainer.global_step)
-            beside = {"clip": levers.clip, "learning_rate_scale": levers.learning_rate_scale}
-            self.writer.issue(self.folder.resolve().name, levers.kss, Reason(), **beside)
+            self.writer.issue(self.folder.resolve().name, self.after.pop(trainer.global_step), Reason())
 
 
 def test_an_order_is_obeyed_at_the_next_optimizer_step_and_answered(tmp_path: Path) -> None:
@@ -203,6 +202,36 @@ def test_clip_and_learning_rate_go_where_an_order_says_and_back(tmp_path: Path) 
     assert monitor.moves == pytest.approx(expected, rel=1e-4)  # torch divides by the norm plus 1e-6
 
 
+@pytest.mark.parametrize("kind", [Module, Manual])
+def test_surprise_is_clipped_as_long_as_an_order_says(tmp_path: Path, kind: type[Module]) -> None:
+    """Lightning makes the gradients inside of the optimizer's step, in a closure."""
+
+    class ByHand(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+            if 2 <= trainer.global_step < 4:
+                assert clip_surprise(optimizer, 0.2) > 0.2
+
+    ordered, expected, free = kind(), kind(), kind()
+    ordered.optimizer = expected.optimizer = free.optimizer = torch.optim.AdamW
+    settings = {"count": 20} | ({"accumulate_grad_batches": 2} if kind is Module else {})
+    fit(expected, ByHand(), **settings)
+    limits = Limits(surprise=(0.1, 1.0))
+    monitor = Monitor(tmp_path, step_2=Levers(surprise=0.2), step_4=Levers())
+    fit(ordered, callback(tmp_path, limits=limits), monitor, **settings)
+    fit(free, callback(tmp_path / "nobody", limits=limits), **settings)
+    assert torch.equal(weights(ordered), weights(expected))
+    assert (weights(free) - weights(expected)).abs().max() > 1e-3
+
+
+def test_surprise_is_no_lever_of_an_optimizer_without_second_moments(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, step_1=Levers(alpha=0.2, surprise=0.5))
+    fit(Module(), callback(tmp_path, limits=Limits(surprise=(0.1, 1.0))), monitor)
+    assert monitor.weights == [0.0] * 3
+    answer = json.loads((tmp_path / "control" / "applied.json").read_text())
+    assert answer["status"] == "rejected"
+    assert "second moments of Adam, which SGD does not keep" in answer["message"]
+
+
 def test_what_cannot_work_is_refused_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"Module has no forward, .*name it with network=, one of: model"):
         fit(Module(), RkspCallback(tmp_path))
@@ -227,7 +256,7 @@ def test_an_exception_leaves_no_hooks_and_the_trainer_as_it_was(tmp_path: Path) 
             self.clip, self.optimizer = trainer.gradient_clip_val, trainer.optimizers[0]
 
     module, kept = Failing(), Kept()
-    limits = Limits(clip=(0.1, 1.0), learning_rate_scale=(0.1, 1.0))
+    limits = Limits(clip=(0.1, 1.0), learning_rate_scale=(0.1, 1.0), surprise=(0.1, 1.0))
     ControlWriter(tmp_path / "control").issue(tmp_path.name, STRONG, Reason(), clip=0.5, learning_rate_scale=0.5)
     with pytest.raises(RuntimeError, match="out of luck"):
         fit(module, callback(tmp_path, limits=limits), kept, gradient_clip_val=0.7)

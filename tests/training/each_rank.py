@@ -30,7 +30,8 @@ def main(path: Path, notes: Path) -> None:
         passes.append(run.step + 1)
         if ranks.first and passes.count(ORDERED_IN_STEP) == 2 and passes[-1] == ORDERED_IN_STEP:
             kss = KSSSettings(alpha=0.25, interval=2, variant="hinge")
-            ControlWriter(config.control_folder).issue(config.run_id, kss, Reason(), clip=0.5, learning_rate_scale=0.1)
+            beside = {"clip": 0.5, "learning_rate_scale": 0.1, "surprise": 0.5}
+            ControlWriter(config.control_folder).issue(config.run_id, kss, Reason(), **beside)
 
     run.model.register_forward_pre_hook(order)
     while run.step < config.steps:
@@ -44,6 +45,7 @@ def main(path: Path, notes: Path) -> None:
         "weights": [record.kss_weight for record in records],
         "rates": [record.learning_rate for record in records],
         "clip": run.follower.levers.clip,
+        "surprise": run.follower.levers.surprise,
         "variant": run.regularizer.settings.variant,
         "parameters": digest.hexdigest(),
     }

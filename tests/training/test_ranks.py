@@ -152,9 +152,9 @@ def test_an_order_between_micro_batches_is_obeyed_by_all_at_the_next_step(writte
     assert all(note == notes[0] for note in notes)  # the same settings at each step, and the same weights at the end
     assert notes[0]["weights"] == [0.0] * 8 + [0.25] * 4
     assert notes[0]["rates"][7:] == pytest.approx([1e-3, 1e-4, 1e-4, 1e-4, 1e-4], rel=1e-12)
-    assert (notes[0]["clip"], notes[0]["variant"]) == (0.5, "hinge")
+    assert (notes[0]["clip"], notes[0]["surprise"], notes[0]["variant"]) == (0.5, 0.5, "hinge")
     answer = json.loads((config.control_folder / "applied.json").read_text())
-    assert (answer["schema"], answer["status"], answer["step"]) == ("rksp.control.ack/2", "applied", 8)
+    assert (answer["schema"], answer["status"], answer["step"]) == ("rksp.control.ack/3", "applied", 8)
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ CASES = {
         "optimizer": {"name": "lamb"},
         "stabilizers": {"sam": {"rho": 0.1}, "residual_l2": PENALTY, "activation_variance": PENALTY, "clip": 0.1},
     },
+    "fsdp-surprise-clip": {"parallel": "fsdp", "stabilizers": {"surprise": 0.5, "clip": 0.1}},
     "fsdp-lion": {"parallel": "fsdp", "optimizer": {"name": "lion"}},
     "fsdp-sgd-sam": {"parallel": "fsdp", "optimizer": {"name": "sgd"}, "stabilizers": {"sam": {}}},
 }

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rksp_core.control import ControlWriter
 from rksp_core.errors import ConfigError
+from rksp_core.orders import KSSSettings, Reason
 from training.build import build_model
 from training.checkpoint import checkpoints
 from training.loop import train
@@ -112,6 +114,54 @@ def test_a_clipped_surprise_does_not_enter_the_moments(configure):
 def test_surprise_needs_adam(configure):
     with pytest.raises(ConfigError, match=r"stabilizers\.surprise needs the second moments of optimizer\.name: adamw"):
         configure(stabilizers={"surprise": 1.0}, optimizer={"name": "sgd"})
+
+
+LIMITS = {"steps": 10, "schedule": {"warmup": 0}, "checkpoint": {"every": 5}}
+
+
+@pytest.mark.parametrize(
+    ("own", "ordered", "holds"), [(None, 0.5, 0.5), (0.7, 0.5, 0.5), (0.5, 0.7, 0.5), (0.5, None, 0.5)]
+)
+def test_the_tighter_limit_of_surprise_holds_an_orders_or_the_runs_own(configure, own, ordered, holds):
+    one = configure("one", stabilizers={"surprise": own, "clip": 1.0}, **LIMITS)
+    other = configure("other", stabilizers={"surprise": holds, "clip": 1.0}, **LIMITS)
+    ControlWriter(one.control_folder).issue("small", KSSSettings(), Reason(), surprise=ordered)
+    train(one, ALONE, until=7)  # and over a resume
+    train(one, ALONE, resume=True)
+    train(other, ALONE)
+    weights = [load_file(checkpoints(Path(c.output) / "checkpoints")[-1] / "model.safetensors") for c in (one, other)]
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+    loose = configure("loose", stabilizers={"surprise": 0.7, "clip": 1.0}, **LIMITS)
+    train(loose, ALONE)
+    unlike = load_file(checkpoints(Path(loose.output) / "checkpoints")[-1] / "model.safetensors")
+    assert any(not torch.equal(unlike[name], tensor) for name, tensor in weights[1].items())
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "sgd", "lamb"])
+def test_an_order_of_surprise_is_rejected_without_adam_and_the_run_goes_on(configure, optimizer):
+    config = configure(optimizer={"name": optimizer}, steps=4)
+    writer = ControlWriter(config.control_folder)
+    writer.issue("small", KSSSettings(alpha=0.2), Reason(), surprise=1.0)
+    assert train(config, ALONE)["status"] == "finished"
+    answer = writer.applied()
+    assert (answer.status, answer.active.alpha, answer.active.surprise) == ("rejected", 0.0, None)
+    assert answer.message.startswith(
+        "the order asks for surprise 1.0, and surprise clipping needs the second moments of Adam, which"
+    )
+
+
+def test_a_trainer_may_bound_the_surprise_of_orders_or_allow_none(configure):
+    for limits, says in (
+        ([0.5, 2.0], "the order asks for surprise 0.1, this trainer allows 0.5 to 2 (limits.surprise)"),
+        (None, "the order asks for surprise 0.1, this trainer has no such lever; its limits.surprise must allow it"),
+    ):
+        config = configure(f"limits-{limits}", steps=2, control={"limits": {"surprise": limits}})
+        writer = ControlWriter(config.control_folder)
+        writer.issue("small", KSSSettings(), Reason(), surprise=0.1)
+        train(config, ALONE)
+        assert (writer.applied().status, writer.applied().message) == ("rejected", says)
+    with pytest.raises(ConfigError, match=r"control\.limits\.surprise must be \[least, most\]"):
+        configure(control={"limits": {"surprise": [2.0, 1.0]}})
 
 
 def test_lamb_warms_up(configure):
