@@ -221,12 +221,15 @@ def signalling() -> list[Any]:
     """What the watcher asked for and what the trainer did."""
     return [
         lines(
-            "KSS weight",
-            "Regularizer weight alpha: ordered by the watcher, and applied by the trainer. 0 is off. "
+            "KSS weight and limit of surprise",
+            "Regularizer weight alpha (0 is off), and how many times its usual size a gradient may enter Adam's "
+            "moments (no line: as the trainer has it): ordered by the watcher, and applied by the trainer. "
             "The lines should meet within a few steps of an order.",
             "none",
             (f"rksp_kss_desired_weight{{{RUN}}}", "{{run}} desired"),
             (f"rksp_kss_applied_weight{{{RUN}}}", "{{run}} applied"),
+            (f"rksp_surprise_desired_limit{{{RUN}}}", "{{run}} surprise desired"),
+            (f"rksp_surprise_applied_limit{{{RUN}}}", "{{run}} surprise applied"),
         ),
         lines(
             "Order generation",

@@ -93,6 +93,9 @@ def set_(
     learning_rate_scale: Annotated[
         float | None, typer.Option(help="Factor on the trainer's schedule; default: none.")
     ] = None,
+    surprise: Annotated[
+        float | None, typer.Option(help="How surprising a gradient may be to Adam; default: the trainer's own.")
+    ] = None,
     rollback_to: Annotated[
         int | None, typer.Option(min=0, help="Go back, once, to the newest checkpoint at or before this step.")
     ] = None,
@@ -113,6 +116,7 @@ def set_(
         "variant": variant,
         "clip": clip,
         "learning_rate_scale": learning_rate_scale,
+        "surprise": surprise,
     }
     levers = Levers(**{name: value for name, value in given.items() if value is not None})
     return _ask(run_folder, levers, reason, period, until, config, state_dir, run_id, rollback_to)
@@ -266,10 +270,10 @@ def _hold_line(hold: Hold, since: float | None, now: float) -> str:
 def _levers_line(levers: Levers) -> str:
     if levers.idle:
         return "nothing: KSS off, and all else the trainer's own"
-    beside = {"clip": levers.clip, "learning-rate scale": levers.learning_rate_scale}
     shares = f"every {levers.interval} steps on {levers.layer_fraction:g} of the layers, gamma {levers.gamma:g}"
     variant = f", {levers.variant}" if levers.variant else ""
     parts = [f"KSS {levers.alpha:g} ({shares}{variant})" if levers.alpha > 0 else "KSS off"]
+    beside = {name.replace("learning_rate_", "learning-rate "): value for name, value in levers.beside.items()}
     return ", ".join([*parts, *(f"{name} {value:g}" for name, value in beside.items() if value is not None)])
 
 

@@ -122,8 +122,7 @@ def to_csv(history: History, selection: Selection) -> Iterator[str]:
 
 def to_json(history: History, selection: Selection) -> Iterator[str]:
     """Yield the parts of one document, as ``schemas/history.json`` describes it, a row a line."""
-    complete = history.complete and selection == Selection(set_aside=True)
-    head = {"schema": SCHEMA, "run": history.run, "complete": complete}
+    head = {"schema": SCHEMA, "run": history.run, "complete": history.covers(selection)}
     yield json.dumps(head)[:-1] + ', "rows": ['
     separator = "\n"
     for row in history.rows(selection):
@@ -216,7 +215,7 @@ def _level(cells: dict[str, Cell]) -> str:
 
 def _order(cells: dict[str, Cell]) -> str:
     """Return what is ordered, in short: alpha, then the levers beside it, then whereto the trainer is sent back."""
-    short = {"alpha": "", "clip": "clip ", "learning_rate_scale": "lr x"}
+    short = {"alpha": "", "clip": "clip ", "learning_rate_scale": "lr x", "surprise": "surprise "}
     asked = [f"{text}{value:g}" for name, text in short.items() if (value := cells[f"order_{name}"]) is not None]
     asked += [] if cells["rollback_to"] is None else [f"back to {cells['rollback_to']}"]
     return ", ".join(asked) or MISSING

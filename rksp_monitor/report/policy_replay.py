@@ -72,6 +72,6 @@ def _ordered(decision: Decision) -> str:
     if levers is None:
         return MISSING
     back = [] if decision.rollback_to is None else [f"back to {decision.rollback_to}"]
-    beside = (("clip ", levers.clip), ("lr x", levers.learning_rate_scale))
+    beside = (("clip ", levers.clip), ("lr x", levers.learning_rate_scale), ("surprise ", levers.surprise))
     short = [f"{name}{value:g}" for name, value in beside if value is not None]
     return ", ".join([f"{levers.alpha:g}", *short, *back])

@@ -98,6 +98,7 @@ MISTAKES = {
     "policy: {rules: [{name: a, levle: 1}]}": "unknown key 'policy.rules.0.levle'; did you mean 'policy.rules.0.level'",
     "policy: {ladder: {2: {alfa: 1}}}": "unknown key 'policy.ladder.2.alfa'; did you mean 'policy.ladder.2.alpha'",
     "policy: {ladder: {2: {clip: 0}}}": "clip must be a number above 0 or left out, got 0",
+    "policy: {ladder: {2: {surprise: -1}}}": "surprise must be a number above 0 or left out, got -1",
     "policy: {ladder: {2: {variant: hinges}}}": "got 'hinges'",
     "policy: {rules: [{name: a, level: 1, all: [{metric: loss, by: .nan}]}]}": "by must be a finite number, got nan",
     "policy: {expires_in: .inf}": "expires_in must be above 0 seconds and at most 1e+09, or null, got inf",

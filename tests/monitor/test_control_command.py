@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
     """A run with a trainer that has limits, and a ledger whose watcher is gone."""
     made = tmp_path / "run"
     made.mkdir()
-    limits = {"alpha": [0.0, 1.0], "clip": None, "learning_rate_scale": [0.1, 1.0]}
+    limits = {"alpha": [0.0, 1.0], "clip": None, "learning_rate_scale": [0.1, 1.0], "surprise": [0.5, 10.0]}
     (made / "config.yaml").write_text(yaml.safe_dump({"run_id": "seven", "control": {"limits": limits}}))
     with open_ledger(made / ".rksp" / "seven.sqlite3", "seven"):
         pass
@@ -71,10 +71,11 @@ class TestHold:
 
     def test_a_person_orders_in_the_policys_place(self, folder: Path, capsys: pytest.CaptureFixture[str]):
         flags = ["--alpha", "0.2", "--interval", "5", "--layer-fraction", "1", "--gamma", "0.3", "--variant", "hinge"]
-        beside = ["--learning-rate-scale", "0.5", "--reason", "r"]
+        beside = ["--learning-rate-scale", "0.5", "--surprise", "2", "--reason", "r"]
         out, err = control("set", folder, *flags, *beside, capsys=capsys)
-        assert hold_of(folder).levers == Levers(0.2, 5, 1.0, 0.3, "hinge", learning_rate_scale=0.5)
-        assert "ordered is KSS 0.2 (every 5 steps on 1 of the layers, gamma 0.3, hinge), learning-rate scale 0.5" in out
+        assert hold_of(folder).levers == Levers(0.2, 5, 1.0, 0.3, "hinge", learning_rate_scale=0.5, surprise=2.0)
+        assert "ordered is KSS 0.2 (every 5 steps on 1 of the layers, gamma 0.3, hinge), " in out
+        assert "learning-rate scale 0.5, surprise 2, until" in out
         assert "reject" not in err
 
     def test_a_person_may_send_the_trainer_back(self, folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -102,6 +103,10 @@ class TestHold:
             (
                 ["--alpha", "0", "--clip", "1"],
                 "the order asks for clip 1.0, this trainer has no such lever; its limits.clip must allow it",
+            ),
+            (
+                ["--alpha", "0", "--surprise", "0.1"],
+                "the order asks for surprise 0.1, this trainer allows 0.5 to 10 (limits.surprise)",
             ),
         ],
     )
@@ -136,6 +141,7 @@ MISTAKES = {
         ["set", "{run}", "--reason", "r", "--alpha", "1", "--layer-fraction", "0"],
         "kss.layer_fraction must be a number in (0, 1], got 0.0",
     ),
+    "no surprise": (["set", "{run}", "--reason", "r", "--alpha", "1", "--surprise", "-1"], "surprise must be a number"),
     "no norm": (["set", "{run}", "--reason", "r", "--alpha", "1", "--clip", "0"], "clip must be a number above 0"),
     "no length": (["hold", "{run}", "--reason", "r", "--for", "2 weeks"], "such as 90s or 2h, got '2 weeks'"),
     "both": (["hold", "{run}", "--reason", "r", "--for", "2h", "--until", "2100-01-01"], "give one of them"),
@@ -216,7 +222,7 @@ class TestStatus:
 
     def test_an_order_and_its_answer(self, folder: Path, capsys: pytest.CaptureFixture[str]):
         writer = ControlWriter(folder / "control")
-        order = writer.prepare("seven", Levers(alpha=0.15, clip=1.0), Reason(2, 100), expires_in=3600.0)
+        order = writer.prepare("seven", Levers(alpha=0.15, clip=1.0, surprise=2.0), Reason(2, 100), expires_in=3600.0)
         with open_ledger(folder / ".rksp" / "seven.sqlite3", "seven") as ledger:
             ledger.store({"order": order.to_dict()})
         assert status(folder, capsys)["delivered"] is False
@@ -228,7 +234,9 @@ class TestStatus:
         document = status(folder, capsys)
         assert (document["answered"], document["generation_gap"]) == (True, 1)
         assert document["acknowledgement"]["status"] == "rejected"
-        assert "answer    rejected 1 at step 120" in control("status", folder, capsys=capsys)[0]
+        told = control("status", folder, capsys=capsys)[0]
+        assert "answer    rejected 1 at step 120" in told
+        assert "ago: KSS 0.15 (every 10 steps on 0.5 of the layers, gamma 0.4), clip 1, surprise 2" in told
         writer.issue("seven", Levers(alpha=0.2), Reason(2, 200))
         listener = ControlListener(folder / "control", "seven")
         listener.acknowledge(listener.poll(130), 130, message="\x1b[2J no terminal's\nbusiness")

@@ -65,6 +65,8 @@ BESIDE = (
     "rksp_weight_norm_max",
     "rksp_weight_norm_head",
     "rksp_wasserstein_drift",
+    "rksp_surprise_desired_limit",
+    "rksp_surprise_applied_limit",
     "rksp_control_acknowledgement_overdue",
     "rksp_control_rollbacks_total",
     "rksp_control_held",

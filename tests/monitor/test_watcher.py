@@ -428,20 +428,26 @@ def test_what_the_trainer_answers_is_logged_once_whoever_it_is(bench: Bench):
 
 
 def test_levers_beside_the_regularizer_are_ordered_and_the_answer_is_logged(bench: Bench):
-    policy = {"ladder": {2: {"alpha": 0.15, "clip": 0.5, "learning_rate_scale": 0.25}}}
-    limits = Limits(clip=(0.1, 1), learning_rate_scale=(0.1, 1))
+    policy = {"ladder": {2: {"alpha": 0.15, "clip": 0.5, "learning_rate_scale": 0.25, "surprise": 2.0}}}
+    limits = Limits(clip=(0.1, 1), learning_rate_scale=(0.1, 1), surprise=(0.1, 10))
     trainer = ControlListener(bench.folder / "control", "run", limits, clock=lambda: bench.now)
     bench.healthy(100)
     bench.writer.write(profile(**ALARM), 110)
     bench.run(enforce=True, policy=policy)
-    assert desired(bench)["schema"] == "rksp.control/2"
+    assert desired(bench)["schema"] == "rksp.control/3"
+    limits_shown = [bench.gauge(f"rksp_surprise_{whose}_limit") for whose in ("desired", "applied")]
+    assert limits_shown == [2.0, None]
     trainer.acknowledge(trainer.poll(111), 111)
     bench.run(enforce=True, policy=policy)
     assert desired(bench)["generation"] == 1, "what holds is not ordered again"
     (order,) = [log for log in bench.logs if log["event"] == "order"]
     (answer,) = [log for log in bench.logs if log["event"] == "answer"]
-    assert (order["clip"], order["learning_rate_scale"]) == (0.5, 0.25)
-    assert answer["active"] == {"kss": order["kss"], "clip": 0.5, "learning_rate_scale": 0.25}
+    assert (order["clip"], order["learning_rate_scale"], order["surprise"]) == (0.5, 0.25, 2.0)
+    assert answer["active"] == {"kss": order["kss"], "clip": 0.5, "learning_rate_scale": 0.25, "surprise": 2.0}
+    assert bench.gauge("rksp_surprise_applied_limit") == 2.0
+    bench.now += 2 * 86400  # nobody watched, and its time is over
+    bench.run(enforce=True, policy=policy)
+    assert bench.gauge("rksp_surprise_desired_limit") is None
 
 
 def test_a_backlog_of_latest_passes_over_what_is_old_already(bench: Bench):
