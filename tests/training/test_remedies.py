@@ -138,8 +138,9 @@ class TestForms:
 class TestShipped:
     SCREEN = Path(remedies.__file__).parent / "specs/remedies/screen.yaml"
 
-    def test_the_finalists_are_on_45_seeds_of_which_the_screen_has_none(self) -> None:
-        finalists = rescue_spec.read_spec(self.SCREEN.parents[1] / "rescue/finalists.yaml")
+    @pytest.mark.parametrize("name", ["finalists", "twice_the_rate"])
+    def test_the_finalists_are_on_45_seeds_of_which_the_screen_has_none(self, name: str) -> None:
+        finalists = rescue_spec.read_spec(self.SCREEN.parents[1] / f"rescue/{name}.yaml")
         seeds = {run.seed for run in rescue_spec.plan(finalists)}
         assert len(seeds) == 45
         assert not seeds & {seed for _, _, seed in remedies.plan(remedies.read_spec(self.SCREEN))}

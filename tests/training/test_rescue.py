@@ -108,6 +108,12 @@ def test_the_shipped_specs_are_ones_that_trainer_and_watcher_take(path: Path, tm
     assert len(read_settings(config).runs) == len(policies)
 
 
+def test_no_two_of_them_share_a_seed() -> None:
+    """What one chose is not confirmed on the runs that it was chosen on."""
+    seeds = [seed for spec in map(read_spec, SPECS) for seed in range(spec.seeds[0], spec.seeds[1] + 1)]
+    assert len(seeds) == len(set(seeds))
+
+
 def test_the_overhead_is_what_was_made_again_and_what_terms_cost() -> None:
     """Ten steps of 1 s and two of 3 s with a term, of which 8 steps stand."""
     found = overhead([(1.0, False)] * 10 + [(3.0, True)] * 2, 8)
@@ -171,6 +177,35 @@ def test_in_lockstep_a_rescue_comes_out_the_same_again(tmp_path: Path, capfd: py
     lines = capfd.readouterr().out.splitlines()
     nothing, saved = (f"{count} of 1: {100 * count}% " for count in (1, 0))
     assert [line.split(" | ")[3].partition("[")[0] for line in lines[2:]] == [nothing] * 2 + [saved] * 3
+
+
+@pytest.mark.slow
+def test_an_arms_ladder_may_order_a_limit_of_surprise(tmp_path: Path) -> None:
+    """A real trainer with AdamW, a real watcher whose alarm is the step: the order changes the run."""
+    alarm = {
+        "name": "a",
+        "level": 3,
+        "arm_after_step": 6,
+        "all": [{"metric": "loss", "by": 0.0, "against": "absolute"}],
+    }
+    common = {"rules": [alarm], "cooldown_steps": 100, "ratchet": True}
+    rungs = {"slower": {}, "surprise, slower": {"surprise": 0.1}}
+    arms = [
+        {
+            "name": name,
+            "policy": common | {"ladder": {3: rung | {"learning_rate_scale": 0.5, "rollback": True}}},
+        }
+        for name, rung in rungs.items()
+    ]
+    base = SMALL["base"] | {"optimizer": {"name": "adamw"}, "steps": 12}
+    sections = {"base": base, "grid": {"optimizer.learning_rate": [0.001]}, "seeds": [1, 1], "controls": []}
+    path = written(tmp_path, **sections, arms=arms, reference="slower")
+    assert rescue.main([str(path), "--folder", str(tmp_path / "made"), "--jobs", "1"]) == 0
+    made = {record["arm"]: record for record in Records(tmp_path / "made", SCHEMA)}
+    orders = [made[name]["orders"] for name in rungs]
+    assert [[order["levers"].get("surprise") for order in each] for each in orders] == [[None], [0.1]]
+    assert [(len(each["rollbacks"]), each["status"]) for each in made.values()] == [(1, "finished")] * 2
+    assert made["slower"]["final"]["loss"] != made["surprise, slower"]["final"]["loss"]
 
 
 @pytest.mark.slow
