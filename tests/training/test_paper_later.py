@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 
 from rksp_core.errors import ConfigError
 from rksp_core.profile import LayerProfile
 from training.config import Config
-from training.experiments.intervals import Mean
+from training.experiments.intervals import Share, apart, mean
 from training.experiments.paper import (
     architectures,
     contents,
@@ -32,6 +33,7 @@ from training.experiments.paper import (
     table_18,
 )
 from training.experiments.paper.runs import keep
+from training.experiments.paper.section import side
 from training.experiments.plan import configuration, plan
 from training.experiments.record import SCHEMA
 from training.experiments.spec import read_spec
@@ -164,12 +166,24 @@ def test_an_untrained_profile_is_a_function_of_the_seed() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_side_is_taken_only_when_the_intervals_are_apart() -> None:
-    low, high = Mean(0.2, 0.1, 0.3, 3), Mean(0.6, 0.5, 0.7, 3)
-    assert architectures.same_side(0.8, 0.1, high, low) is True
-    assert architectures.same_side(0.1, 0.8, high, low) is False
-    assert architectures.same_side(0.8, 0.1, Mean(0.3, 0.25, 0.35, 3), low) is None
-    assert architectures.same_side(0.8, 0.8, high, low) is None
+def test_a_sign_says_whether_it_is_within_chance() -> None:
+    low, high, between = mean([0.1, 0.2, 0.3]), mean([0.5, 0.6, 0.7]), mean([0.1, 0.3, 0.5])
+    assert side(0.8, 0.1, high, low) == "yes"
+    assert side(0.1, 0.8, high, low) == "no"
+    assert side(0.8, 0.1, between, low) == "yes (within chance)"
+    assert side(0.8, 0.1, mean([0.4]), low) == "yes (within chance)"  # one run has no spread
+    assert side(0.8, 0.8, high, low) == side(0.8, 0.1, mean([]), low) == side(0.8, 0.1, low, low) == "-"
+    assert side(0.1, 0.8, Share(1, 12), Share(11, 12)) == "yes"
+    assert side(0.1, 0.8, Share(5, 12), Share(6, 12)) == "yes (within chance)"
+    assert side(0.1, 0.8, Share(0, 0), Share(6, 12)) == "-"
+
+
+def test_means_are_told_apart_as_scipy_does() -> None:
+    one, other = [0.1, 0.2, 0.3], [0.5, 0.9, 0.7, 0.8]
+    assert apart(mean(one), mean(other)) is bool(stats.ttest_ind(one, other, equal_var=False).pvalue < 0.05)
+    assert apart(mean([0.5, 0.5]), mean([0.6, 0.6])) and not apart(mean([0.5, 0.5]), mean([0.5, 0.5]))
+    with pytest.raises(TypeError, match="cannot be compared"):
+        apart(mean(one), Share(1, 2))
 
 
 def test_thirds_are_those_of_the_paper() -> None:

@@ -45,13 +45,17 @@ def fisher(one: Share, other: Share) -> float:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over runs and its 95 % t interval, NaN where there are fewer than two; ``digits`` behind the point."""
+    """A mean over runs, its 95 % t interval and its standard ``error``, NaN where there are fewer than two runs.
+
+    ``digits`` are shown behind the point.
+    """
 
     value: float
     low: float
     high: float
     runs: int
     digits: int = 2
+    error: float = math.nan
 
     def __str__(self) -> str:
         """Return e.g. ``48.2 [41.0, 55.4], n = 12``."""
@@ -69,6 +73,23 @@ def mean(values: Sequence[float | None], digits: int = 2, *, within: tuple[float
         return Mean(math.nan, math.nan, math.nan, 0, digits)
     if len(known) == 1:
         return Mean(float(known[0]), math.nan, math.nan, 1, digits)
-    half = float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known)))
-    middle = float(known.mean())
-    return Mean(middle, max(middle - half, within[0]), min(middle + half, within[1]), len(known), digits)
+    error = float(known.std(ddof=1) / math.sqrt(len(known)))
+    half, middle = float(stats.t.ppf(0.975, len(known) - 1)) * error, float(known.mean())
+    return Mean(middle, max(middle - half, within[0]), min(middle + half, within[1]), len(known), digits, error)
+
+
+def apart(one: Share | Mean, other: Share | Mean) -> bool:
+    """Return whether two shares (Fisher) or two means (Welch) can be told apart, two-sided p < .05."""
+    if isinstance(one, Share) and isinstance(other, Share):
+        return fisher(one, other) < 0.05
+    if isinstance(one, Mean) and isinstance(other, Mean):
+        if math.isnan(one.error) or math.isnan(other.error):
+            return False
+        if one.error == other.error == 0:
+            return one.value != other.value
+        spread = [each.error * math.sqrt(each.runs) for each in (one, other)]
+        found = stats.ttest_ind_from_stats(
+            one.value, spread[0], one.runs, other.value, spread[1], other.runs, equal_var=False
+        )
+        return bool(found.pvalue < 0.05)
+    raise TypeError("a share and a mean cannot be compared")

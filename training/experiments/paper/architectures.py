@@ -17,7 +17,7 @@ from torch import nn
 from rksp_core import ModelProfile, profile_model
 from training.experiments.intervals import Mean, Share, fisher, mean
 from training.experiments.paper.runs import accuracy, arms, diverged, near_unit_mass, progress
-from training.experiments.paper.section import same
+from training.experiments.paper.section import same, side
 from training.experiments.record import Record
 from training.models.gpt import GPT
 from training.models.kan import KAN
@@ -80,13 +80,6 @@ def over_seeds(name: str, field: str, digits: int = 2) -> Mean:
     return mean([profile.summary[field]["mean"] for profile in untrained(name)], digits)
 
 
-def same_side(paper: float, their_reference: float, ours: Mean, reference: Mean) -> bool | None:
-    """Return whether ours lies on the paper's side of a reference; None where the intervals over seeds overlap."""
-    if paper == their_reference or (ours.low <= reference.high and reference.low <= ours.high):
-        return None
-    return (ours.value > reference.value) == (paper > their_reference)
-
-
 def header(third: str, reference: str) -> tuple[str, ...]:
     """Return the columns of Tables 16 to 18."""
     return (
@@ -143,21 +136,19 @@ def _row(
 ) -> tuple[str, ...]:
     theirs, their_reference = published[name], published[reference]
     records, base = runs.get(name, []), diverged(runs.get(reference, []))
-    share, ours, side, more = diverged(records), "as without KSS", None, None
+    share, ours, agree = diverged(records), "as without KSS", same(None)
     if name in MODELS:
         mass = over_seeds(name, "near_unit_mass")
         ours = f"{mass}; {over_seeds(name, 'spectral_radius')}; {over_seeds(name, third)}"
-        side = same_side(theirs[0], their_reference[0], mass, over_seeds(reference, "near_unit_mass"))
-    if share.runs and base.runs and share.value != base.value and theirs.diverged != their_reference.diverged:
-        more = (share.value > base.value) == (theirs.diverged > their_reference.diverged)
+        agree = side(theirs[0], their_reference[0], mass, over_seeds(reference, "near_unit_mass"))
     return (
         name,
         f"{theirs.near_unit_mass:.2f}; {theirs.spectral_radius:.2f}; {theirs.third:.2f}",
         ours,
-        same(side),
+        agree,
         f"{theirs.diverged} of 24",
         str(share),
-        same(more),
+        side(theirs.diverged, their_reference.diverged, share, base),
         "-" if theirs.accuracy is None else str(theirs.accuracy),
         str(accuracy(records)),
         str(near_unit_mass(records)),

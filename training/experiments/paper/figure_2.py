@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from training.experiments.intervals import Mean, Share
 from training.experiments.paper import stabilizers
 from training.experiments.paper.drawing import BLUE, GREY, ORANGE, canvas, legend, save
 from training.experiments.paper.runs import accuracy, diverged, near_unit_mass
-from training.experiments.paper.section import Section, same
+from training.experiments.paper.section import Section, side
 from training.experiments.paper.table_03 import PUBLISHED
 
 TITLE = "the weight of KSS"
@@ -27,11 +29,9 @@ def section() -> Section:
         title=TITLE,
         setting=f"{stabilizers.setting()} The paper's points are those of its Table 3.",
         rows=(
-            _row("diverged %, from none to alpha 0.20", [each.diverged for each in _published()], _percent(shares)),
-            _row("accuracy %", [each.accuracy for each in _published()], [accuracies[a].value for a in ARMS]),
-            _row(
-                "near-unit mass", [each.near_unit_mass or 0 for each in _published()], [masses[a].value for a in ARMS]
-            ),
+            _row("diverged %, from none to alpha 0.20", [each.diverged for each in _published()], shares, 100),
+            _row("accuracy %", [each.accuracy for each in _published()], accuracies),
+            _row("near-unit mass", [each.near_unit_mass or 0 for each in _published()], masses),
         ),
         sentence=stabilizers.told_apart(dict.fromkeys(ARMS.values())),
         figure=_draw(shares, accuracies, masses),
@@ -42,15 +42,12 @@ def _published() -> list[stabilizers.Published]:
     return [row for name in ARMS.values() if (row := PUBLISHED[name]) is not None]
 
 
-def _percent(shares: dict[float, Share]) -> list[float]:
-    return [100 * shares[alpha].value for alpha in ARMS]
-
-
-def _row(name: str, theirs: list[float], ours: list[float]) -> tuple[str, ...]:
+def _row(name: str, theirs: list[float], ours: Mapping[float, Share | Mean], times: float = 1) -> tuple[str, ...]:
     digits = 2 if max(theirs) <= 1 else 1
-    shown = [" / ".join(f"{value:.{digits}f}" for value in each) for each in (theirs, ours)]
-    agree = None if ours[0] == ours[-1] else (ours[-1] > ours[0]) == (theirs[-1] > theirs[0])
-    return name, *shown, same(agree)
+    values = [times * ours[alpha].value for alpha in ARMS]
+    shown = [" / ".join(f"{value:.{digits}f}" for value in each) for each in (theirs, values)]
+    first, *_, last = ARMS
+    return name, *shown, side(theirs[-1], theirs[0], ours[last], ours[first])
 
 
 def _draw(shares: dict[float, Share], accuracies: dict[float, Mean], masses: dict[float, Mean]) -> str:
@@ -63,7 +60,9 @@ def _draw(shares: dict[float, Share], accuracies: dict[float, Mean], masses: dic
         [100 * (value - low) for value, low in zip(values, lows, strict=True)],
         [100 * (high - value) for value, high in zip(values, highs, strict=True)],
     ]
-    left.errorbar(alphas, _percent(shares), bars, fmt="o-", color=BLUE, capsize=3, label="ours")
+    left.errorbar(
+        alphas, [100 * shares[alpha].value for alpha in ARMS], bars, fmt="o-", color=BLUE, capsize=3, label="ours"
+    )
     left.set(xlabel="KSS weight alpha", ylabel="diverged, % of the runs", ylim=(-3, 103), xticks=alphas)
     legend(left)
     right.plot(alphas, [each.accuracy for each in theirs], "s--", color=BLUE, alpha=0.4, label="accuracy, the paper")

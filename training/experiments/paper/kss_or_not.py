@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from training.experiments.intervals import Mean, Share, fisher, mean
 from training.experiments.paper.runs import diverged
+from training.experiments.paper.section import side
 from training.experiments.record import Record
 
 
@@ -21,12 +22,10 @@ def perplexity(records: list[Record], rate: float) -> Mean:
     return mean([None if loss is None else math.exp(loss) for loss in losses])
 
 
-def effect(pair: Sequence[float], *, falls: bool) -> bool | None:
-    """Return whether the second of two figures is smaller (or larger), as in the paper; None: equal, or not known."""
+def effect(pair: Sequence[Share | Mean], *, falls: bool) -> str:
+    """Return whether the second of two figures is smaller (or larger), as in the paper."""
     without, with_kss = pair
-    if math.isnan(without) or math.isnan(with_kss) or without == with_kss:
-        return None
-    return (with_kss < without) == falls
+    return side(-1.0 if falls else 1.0, 0.0, with_kss, without)
 
 
 def against(none: list[Record], kss: list[Record], rate: float) -> str:

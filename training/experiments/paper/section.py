@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rksp_core.atomic import write_atomic
 from rksp_core.errors import ConfigError
+from training.experiments.intervals import Mean, Share, apart
 
 SCHEMA = "rksp.paper_section/1"
 HEADER = ("what", "the paper", "ours", "same sign")
@@ -26,7 +28,7 @@ class Section:
     setting
         One sentence: at which scale, on what, and how many runs.
     rows
-        One string for each of ``header``; `same` says yes, no or -.
+        One string for each of ``header``; `same` and `side` say yes, no or -.
     sentence
         What the figures say, and what they are too few to say; written with `said`.
     header
@@ -54,6 +56,22 @@ class Section:
 def same(agree: bool | None) -> str:
     """Return whether an effect has the paper's sign; None: there is nothing to compare, or too little."""
     return "-" if agree is None else "yes" if agree else "no"
+
+
+def side(theirs: float, their_reference: float, ours: Share | Mean, reference: Share | Mean) -> str:
+    """Return whether ours lies on the paper's side of a reference, and whether that is within chance (p >= .05).
+
+    A dash where the paper has no side, or ours are equal or not known.
+    """
+    if (
+        theirs == their_reference
+        or ours.value == reference.value
+        or math.isnan(ours.value)
+        or math.isnan(reference.value)
+    ):
+        return same(None)
+    agree = same((ours.value > reference.value) == (theirs > their_reference))
+    return agree if apart(ours, reference) else f"{agree} (within chance)"
 
 
 def said(sentence: str, *claims: bool) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from training.experiments.intervals import Share, fisher
 from training.experiments.paper import overhead
 from training.experiments.paper.runs import accuracy, arms, diverged, near_unit_mass, progress
-from training.experiments.paper.section import same
+from training.experiments.paper.section import same, side
 from training.experiments.record import Record
 
 SPEC = "no_norm_recall"
@@ -77,9 +77,8 @@ def _row(
     costs: Mapping[str, str],
 ) -> tuple[str, ...]:
     share = diverged(records)
-    effect = None
-    if theirs is not None and share.runs and nothing.runs and share.value != nothing.value and name != NONE:
-        effect = (share.value < nothing.value) == (theirs.diverged < their_nothing.diverged)
+    known = theirs is not None and name != NONE
+    effect = side(theirs.diverged, their_nothing.diverged, share, nothing) if known and theirs else same(None)
     paper = ("-",) * 4
     if theirs is not None:
         mass, cost = theirs.near_unit_mass, theirs.overhead
@@ -89,7 +88,7 @@ def _row(
         name,
         paper[0],
         ours[0],
-        same(effect),
+        effect,
         *(cell for pair in zip(paper[1:], ours[1:], strict=True) for cell in pair),
     )
 

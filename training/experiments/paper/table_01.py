@@ -18,9 +18,8 @@ from rksp_core.capture import capture
 from rksp_core.dmd import EpsMode, whitened_dmd
 from rksp_core.spectrum import spectral_masses
 from training.experiments.intervals import Mean, Share, fisher, mean
-from training.experiments.paper.architectures import same_side
 from training.experiments.paper.runs import accuracy, arms, diverged, progress
-from training.experiments.paper.section import Section, said, same
+from training.experiments.paper.section import Section, said, side
 from training.models.gpt import GPT
 from training.tasks import PROBE
 from training.tasks.associative_recall import AssociativeRecall
@@ -108,20 +107,17 @@ def _row(norm: str, spectra: dict[tuple[str, str], Spectra]) -> tuple[str, ...]:
     records, reference = runs.get(name, []), diverged(runs.get(PUBLISHED[REFERENCE][0], []))
     share = diverged(records)
     signs = [
-        same_side(published[0], PUBLISHED[REFERENCE][1][0], *(spectra[each, r][0] for each in (norm, REFERENCE)))
+        side(published[0], PUBLISHED[REFERENCE][1][0], *(spectra[each, r][0] for each in (norm, REFERENCE)))
         for r in READINGS
     ]
-    more = None
-    if paper_diverged != PUBLISHED[REFERENCE][2] and share.runs and share.value != reference.value:
-        more = (share.value > reference.value) == (paper_diverged > PUBLISHED[REFERENCE][2])
     return (
         name,
         " / ".join(f"{value:.2f}" for value in published),
         *(" / ".join(f"{each.value:.2f}" for each in spectra[norm, reading]) for reading in READINGS),
-        ", ".join(map(same, signs)),
+        ", ".join(signs),
         f"{paper_diverged} % of {paper_runs}",
         str(share),
-        same(more),
+        side(paper_diverged, PUBLISHED[REFERENCE][2], share, reference),
         paper_accuracy,
         str(accuracy(records)),
     )

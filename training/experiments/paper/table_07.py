@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from training.experiments.paper.kss_or_not import against, effect, perplexity
 from training.experiments.paper.runs import arms, diverged, progress
-from training.experiments.paper.section import Section, same
+from training.experiments.paper.section import Section
 
 TITLE = "KSS on the synthetic language"
 CHEAP = True
@@ -22,7 +22,6 @@ def section() -> Section:
     runs = arms(SPECS[0])
     none, kss = (runs.get(name, []) for name in PUBLISHED)
     shares = [diverged(each) for each in (none, kss)]
-    better = effect([diverged(none).value, diverged(kss).value], falls=True)
     usual = [perplexity(each, USUAL) for each in (none, kss)]
     return Section(
         name="table_07",
@@ -33,12 +32,12 @@ def section() -> Section:
             f"{progress(SPECS[0])}. Perplexity: held out, at .003."
         ),
         rows=(
-            ("diverged, none -> KSS", "6 of 24 -> 3 of 24", f"{shares[0]} -> {shares[1]}", same(better)),
+            ("diverged, none -> KSS", "6 of 24 -> 3 of 24", f"{shares[0]} -> {shares[1]}", effect(shares, falls=True)),
             (
                 "perplexity, none -> KSS",
                 "52.1 -> 46.8",
                 f"{usual[0]} -> {usual[1]}",
-                same(effect([each.value for each in usual], falls=True)),
+                effect(usual, falls=True),
             ),
         ),
         sentence=against(none, kss, USUAL),

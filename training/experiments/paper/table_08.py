@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from training.experiments.paper.kss_or_not import against, effect, perplexity
 from training.experiments.paper.runs import arms, diverged, progress
-from training.experiments.paper.section import Section, same
+from training.experiments.paper.section import Section
 from training.experiments.paper.table_05 import largest
 
 TITLE = "KSS at three sizes on a real text"
@@ -57,8 +57,8 @@ def _row(width: str) -> tuple[str, ...]:
         f"width {width} (the paper: {PUBLISHED[width][0]})",
         PUBLISHED[width][1],
         " -> ".join(map(str, shares)),
-        same(effect([each.value for each in shares], falls=True)),
+        effect(shares, falls=True),
         " -> ".join(map(str, perplexities)),
-        same(effect([each.value for each in perplexities], falls=True)),
+        effect(perplexities, falls=True),
         " -> ".join("none" if rate is None else f"{rate:g}" for rate in map(largest, pair)),
     )

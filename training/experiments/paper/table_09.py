@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from training.experiments.paper.kss_or_not import against, at, effect
 from training.experiments.paper.runs import accuracy, arms, diverged, near_unit_mass, progress
-from training.experiments.paper.section import Section, same
+from training.experiments.paper.section import Section
 
 TITLE = "KSS in vision transformers"
 CHEAP = True
@@ -58,9 +58,9 @@ def _row(norm: str) -> tuple[str, ...]:
         norm,
         PUBLISHED[norm],
         " -> ".join(map(str, shares)),
-        same(effect([each.value for each in shares], falls=True)),
+        effect(shares, falls=True),
         " -> ".join(map(str, accuracies)),
-        same(effect([each.value for each in accuracies], falls=False)),
+        effect(accuracies, falls=False),
         " -> ".join(map(str, masses)),
-        same(effect([each.value for each in masses], falls=True)),
+        effect(masses, falls=True),
     )

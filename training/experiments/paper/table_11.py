@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from training.experiments.intervals import Mean
-from training.experiments.paper.architectures import SEEDS, STATES, over_seeds, same_side
-from training.experiments.paper.section import Section, said, same
+from training.experiments.paper.architectures import SEEDS, STATES, over_seeds
+from training.experiments.paper.section import Section, said, side
 
 TITLE = "architectures, untrained"
 CHEAP = True
@@ -70,7 +70,7 @@ def section() -> Section:
 def _row(name: str, ours: Mapping[str, list[Mean]], contractive: str) -> tuple[str, ...]:
     theirs = PUBLISHED[name][1]
     compared = zip(theirs, PUBLISHED[REFERENCE][1], ours[name], ours[REFERENCE], strict=True)
-    signs = [same(same_side(*figures)) for figures in compared]
+    signs = [side(*figures) for figures in compared]
     return (
         PUBLISHED[name][0],
         " / ".join(f"{value:.2f}" for value in theirs),
