@@ -152,6 +152,7 @@ class History:
     source: Path
     complete: bool
     _read: Callable[[Selection], Iterator[Row]] = field(repr=False)
+    _judged: Callable[[], Iterator[Row]] = field(repr=False)  # rows with evidence, maybe without their documents
 
     def rows(self, selection: Selection = EVERYTHING) -> Iterator[Row]:
         """Yield the rows that are wanted, one at a time.
@@ -162,6 +163,10 @@ class History:
             When the ledger can no longer be read.
         """
         return self._read(selection)
+
+    def covers(self, selection: Selection) -> bool:
+        """Whether the wanted rows hold all that was judged, and the policy's decisions can be made again from them."""
+        return self.complete and all(map(selection.admits, self._judged()))
 
 
 def read_history(source: Path | str, *, run: str | None = None) -> History:
@@ -204,7 +209,7 @@ def _of_ledger(path: Path, run: str | None) -> History:
     if run is not None and runs and run not in runs:
         raise ConfigError(f"{path} holds the run {', '.join(runs)}, not {run}; name that one with --run-id")
     name = run or (runs[0] if runs else path.stem)
-    return History(name, path, True, lambda selection: _ledger_rows(path, name, selection))
+    return History(name, path, True, lambda selection: _ledger_rows(path, name, selection), lambda: _judged(path, name))
 
 
 def no_ledger(path: Path) -> ConfigError:
@@ -254,6 +259,15 @@ def _ledger_rows(path: Path, run: str, selection: Selection) -> Iterator[Row]:
             values = database.execute(f"SELECT {columns} FROM events WHERE id = ?", (number,)).fetchone()  # noqa: S608
             if values is not None:  # else it was written anew since, and has another row
                 yield _row(*values)
+
+
+def _judged(path: Path, run: str) -> Iterator[Row]:
+    with _opened(path) as database:
+        has = {column[1] for column in database.execute("PRAGMA table_info(events)")}
+        aside, evidence = (name if name in has else _LATER[name] for name in ("set_aside", "evidence"))
+        columns = f"SELECT kind, step, status, {aside} FROM events WHERE run = ? AND {evidence} IS NOT NULL"  # noqa: S608
+        for kind, step, status, set_aside in database.execute(columns, (run,)):
+            yield Row(kind, step, status, set_aside=bool(set_aside))
 
 
 def _decrees(database: sqlite3.Connection) -> str:
@@ -319,4 +333,5 @@ def _of_export(path: Path) -> History:
         run, complete = str(document["run"]), bool(document.get("complete", False))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"the history {path} is damaged ({error!r}); write it again with `rksp history`") from error
-    return History(run, path, complete, lambda selection: filter(selection.admits, rows))
+    judged = [row for row in rows if row.evidence is not None]
+    return History(run, path, complete, lambda selection: filter(selection.admits, rows), lambda: iter(judged))

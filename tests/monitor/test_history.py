@@ -212,8 +212,17 @@ class TestExports:
         assert printed(path, "--format", "json", "--all", capsys=capsys) == path.read_text()
 
     def test_an_export_of_a_part_says_so(self, folder: Path, capsys: pytest.CaptureFixture[str]):
-        for flags in ([], ["--all", "--kind", "profile"]):
+        for flags in (["--from-step", "50"], ["--all", "--kind", "checkpoint"]):
             assert not json.loads(printed(folder, "--format", "json", *flags, capsys=capsys))["complete"]
+        for flags in ([], ["--kind", "profile"]):  # checkpoints were not judged
+            assert json.loads(printed(folder, "--format", "json", *flags, capsys=capsys))["complete"]
+        database = sqlite3.connect(folder / ".rksp" / "run.sqlite3")
+        database.execute("UPDATE events SET set_aside = 1 WHERE step = 100")
+        database.commit()
+        database.close()
+        for flags in ([], ["--all"]):
+            document = json.loads(printed(folder, "--format", "json", *flags, capsys=capsys))
+            assert document["complete"] is bool(flags)
 
     def test_csv_has_a_line_a_row(self, folder: Path, capsys: pytest.CaptureFixture[str]):
         rows = list(csv.DictReader(io.StringIO(printed(folder, "--format", "csv", capsys=capsys))))
