@@ -16,6 +16,7 @@ from rksp_core.policy import Hold, PolicyState
 from rksp_monitor.config import RunSettings
 from rksp_monitor.history import read_states
 from rksp_monitor.hold import held_since, hold_file, read_hold
+from rksp_monitor.orders import OWNER
 from rksp_monitor.ownership import owner_of
 from rksp_monitor.remote import is_local
 from rksp_monitor.run import CONFIG, Run
@@ -37,10 +38,14 @@ class Watcher:
 
 @dataclass(frozen=True)
 class Standing:
-    """All that is known: level and newest step judged, a person's hold, the last order, and the trainer's answer."""
+    """All that is known: level and newest step judged, a person's hold, the last order, and the trainer's answer.
+
+    ``other`` is who gives orders in the control folder where that is not this watcher: one with another state folder.
+    """
 
     run: Run
     watcher: Watcher
+    other: str
     level: int | None
     step: int | None
     hold: Hold | None
@@ -73,6 +78,11 @@ class Standing:
                 f"no watcher has kept a ledger in {self.run.ledger}, so nothing will happen until one does; name its "
                 "--config or --state-dir if it lies elsewhere"
             )
+        if self.other:
+            return (
+                f"another watcher, {self.other}, gives this trainer its orders, and keeps its ledger elsewhere; name "
+                "its --config or --state-dir"
+            )
         if self.watcher.alive is False:
             return "no watcher runs, so nothing will happen until one does"
         if not self.watcher.enforces:
@@ -98,6 +108,7 @@ class Standing:
                 "alive": self.watcher.alive,
                 "enforces": self.watcher.enforces,
             },
+            "other_watcher": self.other or None,
             "level": self.level,
             "step": self.step,
             "hold": hold,
@@ -124,9 +135,12 @@ def look(run: Run, settings: RunSettings, now: float) -> Standing:
     order = max((each for each in (known, there) if each is not None), key=lambda each: each.generation, default=None)
     hold = hold_file(run.ledger)
     in_force = read_hold(hold, now)
+    watcher = _watcher(run.ledger, states, settings)
+    orderer, runs = ("", False) if run.control is None else owner_of(run.control / OWNER)
     return Standing(
         run=run,
-        watcher=_watcher(run.ledger, states, settings),
+        watcher=watcher,
+        other=orderer if orderer != watcher.owner and runs is not False else "",
         level=None if state is None else state.level,
         step=None if state is None else state.step,
         hold=in_force,

@@ -243,6 +243,8 @@ def _lines(standing: Standing, now: float) -> Iterator[tuple[str, str]]:
     state = {True: "", False: ", which runs no more", None: ", which cannot be looked up from here"}[watcher.alive]
     mode = "enforces" if watcher.enforces else "only observes"
     yield "watcher", f"{watcher.owner}{state}, {mode}" if watcher.owner else "none runs"
+    if standing.other:
+        yield "orders", f"come from {standing.other}, a watcher that keeps its ledger elsewhere"
     judged = "" if standing.step is None else f", at step {standing.step}"
     yield "level", "unknown: nothing was judged yet" if standing.level is None else LEVELS[standing.level] + judged
     yield "hold", "none" if standing.hold is None else _hold_line(standing.hold, standing.since, now)

@@ -19,6 +19,7 @@ from rksp_monitor.cli import run
 from rksp_monitor.commands.control import duration
 from rksp_monitor.hold import read_hold
 from rksp_monitor.ledger import open_ledger
+from rksp_monitor.orders import sole_orderer
 
 
 @pytest.fixture
@@ -219,6 +220,18 @@ class TestStatus:
         err = control("hold", folder, "--reason", "r", "--state-dir", other, capsys=capsys)[1]
         assert "no watcher has kept a ledger in" in err
         assert len(list(other.glob("*.hold.json"))) == 1
+
+    def test_a_watcher_that_orders_from_another_ledger_is_seen(self, folder: Path, capsys: pytest.CaptureFixture[str]):
+        (writer := ControlWriter(folder / "control")).make_folder()
+        with sole_orderer(writer):
+            me = f"process {os.getpid()} on {socket.gethostname()}"
+            assert status(folder, capsys)["other_watcher"] == me
+            assert f"orders    come from {me}, a watcher that keeps" in control("status", folder, capsys=capsys)[0]
+            err = control("hold", folder, "--reason", "r", capsys=capsys)[1]
+            assert f"another watcher, {me}, gives this trainer its orders" in err
+            (folder / ".rksp" / "seven.owner").write_text(me)
+            assert status(folder, capsys)["other_watcher"] is None, "it is this one"
+        assert status(folder, capsys)["other_watcher"] is None
 
     def test_an_order_and_its_answer(self, folder: Path, capsys: pytest.CaptureFixture[str]):
         writer = ControlWriter(folder / "control")
