@@ -74,7 +74,8 @@ class ControlFollower:
     rollback
         As above; a loop may set it later.
     rollbacks
-        How often it went back.
+        How often it went back; `state_dict` keeps it over restarts. A checkpoint knows of none after it: a loop that
+        is resumed from there forgets these, unless it keeps the number and sets it, as the bundled trainer does.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class ControlFollower:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the order that held when rank 0 returned this state."""
-        self.rollbacks = state.get("rollbacks", 0)
+        self.rollbacks = max(self.rollbacks, state.get("rollbacks", 0))  # a checkpoint knows of none after it
         if state["order"] is None:
             return
         order = dict(state["order"])

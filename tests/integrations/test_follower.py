@@ -138,6 +138,24 @@ def test_a_loop_goes_back_as_often_as_it_allows_counted_over_restarts(tmp_path: 
     assert (went, state["rollbacks"]) == ([50, 40], 3)
 
 
+def test_a_loop_that_takes_its_follower_back_with_it_goes_back_no_oftener(tmp_path: Path) -> None:
+    """A checkpoint does not know that the loop came back to it."""
+    went: list[int] = []
+    one = ControlFollower(tmp_path, "run", KSSRegularizer(Words()), Limits(rollbacks=2))
+    kept, writer = json.loads(json.dumps(one.state_dict())), ControlWriter(tmp_path)
+
+    def rollback(step: int) -> int:
+        one.load_state_dict(kept)
+        went.append(step)
+        return step
+
+    one.rollback = rollback
+    for step in (50, 40, 30):
+        writer.issue("run", KSSSettings(), Reason(), rollback_to=step)
+        one.follow(60)
+    assert (went, one.rollbacks) == ([50, 40], 2)
+
+
 def stepped(kind: type[torch.optim.Optimizer], model: torch.nn.Module) -> torch.optim.Optimizer:
     optimizer = kind(model.parameters(), lr=0.1)
     for parameter in model.parameters():
