@@ -188,7 +188,7 @@ def test_an_arms_ladder_may_order_a_limit_of_surprise(tmp_path: Path) -> None:
         "arm_after_step": 6,
         "all": [{"metric": "loss", "by": 0.0, "against": "absolute"}],
     }
-    common = {"rules": [alarm], "cooldown_steps": 100, "ratchet": True}
+    common = {"rules": [alarm], "cooldown_steps": 2, "rollback_margin": 1, "ratchet": True}
     rungs = {"slower": {}, "surprise, slower": {"surprise": 0.1}}
     arms = [
         {
@@ -197,13 +197,14 @@ def test_an_arms_ladder_may_order_a_limit_of_surprise(tmp_path: Path) -> None:
         }
         for name, rung in rungs.items()
     ]
-    base = SMALL["base"] | {"optimizer": {"name": "adamw"}, "steps": 12}
+    once = {"wait_at_divergence": 60.0, "limits": {"rollbacks": 1}}
+    base = SMALL["base"] | {"optimizer": {"name": "adamw"}, "steps": 12, "control": once}
     sections = {"base": base, "grid": {"optimizer.learning_rate": [0.001]}, "seeds": [1, 1], "controls": []}
     path = written(tmp_path, **sections, arms=arms, reference="slower")
     assert rescue.main([str(path), "--folder", str(tmp_path / "made"), "--jobs", "1"]) == 0
     made = {record["arm"]: record for record in Records(tmp_path / "made", SCHEMA)}
-    orders = [made[name]["orders"] for name in rungs]
-    assert [[order["levers"].get("surprise") for order in each] for each in orders] == [[None], [0.1]]
+    ordered = {name: {order["levers"].get("surprise") for order in each["orders"]} for name, each in made.items()}
+    assert ordered == {"slower": {None}, "surprise, slower": {0.1}}
     assert [(len(each["rollbacks"]), each["status"]) for each in made.values()] == [(1, "finished")] * 2
     assert made["slower"]["final"]["loss"] != made["surprise, slower"]["final"]["loss"]
 
