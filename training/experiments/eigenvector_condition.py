@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import track
 
 from rksp_core.atomic import write_atomic
-from rksp_core.errors import ConfigError, RkspError
+from rksp_core.errors import ConfigError
 from rksp_core.features import figures
+from training.command import carried_out
 from training.experiments.plan import PlannedRun, plan
 from training.experiments.record import Record, compact, read_records
 from training.experiments.spec import Spec, read_spec
@@ -39,22 +40,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="of the sweep's records")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    try:
-        spec = read_spec(arguments.spec)
-        runs = {run.key: run for run in plan(spec)}
-        path = arguments.folder / FILE
-        known = read(path)
-        left = [record for record in read_records(arguments.folder) if record["key"] not in known]
-        for record in track(left, "models", console=Console(stderr=True), disable=not sys.stderr.isatty()):
-            if record["key"] not in runs:
-                raise ConfigError(f"{record['key']} is no run of {arguments.spec}; give the spec of these records")
-            known[record["key"]] = compact(condition(spec, runs[record["key"]], record))
-            write_atomic(path, json.dumps(dict(sorted(known.items())), indent=0, allow_nan=False) + "\n")
-    except RkspError as error:
-        print(f"eigenvector_condition: {error}", file=sys.stderr)
-        return error.exit_code
+    return carried_out("eigenvector_condition", lambda: _work(arguments))
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    spec = read_spec(arguments.spec)
+    runs = {run.key: run for run in plan(spec)}
+    path = arguments.folder / FILE
+    known = read(path)
+    left = [record for record in read_records(arguments.folder) if record["key"] not in known]
+    for record in track(left, "models", console=Console(stderr=True), disable=not sys.stderr.isatty()):
+        if record["key"] not in runs:
+            raise ConfigError(f"{record['key']} is no run of {arguments.spec}; give the spec of these records")
+        known[record["key"]] = compact(condition(spec, runs[record["key"]], record))
+        write_atomic(path, json.dumps(dict(sorted(known.items())), indent=0, allow_nan=False) + "\n")
     print(f"{path}: {len(known)} runs, {len(left)} of them new")
-    return 0
 
 
 def read(path: Path) -> dict[str, float | None]:

@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import Literal, get_args
 
-from rksp_core.errors import ConfigError, RkspError
+from rksp_core.errors import ConfigError
 from rksp_core.launch import Launch
 from rksp_core.outcomes import Outcome
+from training.command import ANEW, carried_out
 from training.experiments.record import Record, read_records
 from training.experiments.spec import PARTS
 
@@ -31,14 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--look-ahead", type=int, default=STEPS, metavar="STEPS", help=f"which one ({STEPS})")
     parser.add_argument("--label", choices=LABELS, default="diverged", help="what counts as diverged")
     arguments = parser.parse_args(argv)
-    try:
-        for record in read_records(arguments.records):
-            if arguments.part in (None, record["part"]):
-                print(json.dumps(outcome_of(record, arguments.look_ahead, arguments.label).to_dict()))
-    except RkspError as error:
-        print(f"outcomes: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return carried_out("outcomes", lambda: _work(arguments), ANEW)
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    for record in read_records(arguments.records):
+        if arguments.part in (None, record["part"]):
+            print(json.dumps(outcome_of(record, arguments.look_ahead, arguments.label).to_dict()))
 
 
 def outcome_of(record: Record, steps: int = STEPS, label: Label = "diverged") -> Outcome:

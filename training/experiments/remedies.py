@@ -37,7 +37,8 @@ import torch
 from pydantic import AfterValidator, Field, ValidationError
 
 from rksp_core.atomic import write_atomic
-from rksp_core.errors import ConfigError, RkspError
+from rksp_core.errors import ConfigError
+from training.command import carried_out
 from training.config import parse_config, read_document
 from training.experiments.one_run import chance_loss
 from training.experiments.ranking import estimate
@@ -162,21 +163,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (2)")
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS")
     arguments = parser.parse_args(argv)
-    try:
-        spec = read_spec(arguments.spec)
-        unknown = set(arguments.arms or ()) - {arm.name for arm in spec.arms}
-        if unknown:
-            raise ConfigError(f"{arguments.spec} has no arm {unknown.pop()!r}; its arms are in it by name")
-        if arguments.table:
-            print(table(spec, read_records(Path(spec.records))))
-        elif arguments.overhead:
-            measure_overhead(spec, arguments.arms)
-        else:
-            make(spec, arguments.arms, arguments.jobs, arguments.time_limit)
-    except RkspError as error:
-        print(f"remedies: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return carried_out("remedies", lambda: _work(arguments))
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    spec = read_spec(arguments.spec)
+    unknown = set(arguments.arms or ()) - {arm.name for arm in spec.arms}
+    if unknown:
+        raise ConfigError(f"{arguments.spec} has no arm {unknown.pop()!r}; its arms are in it by name")
+    if arguments.table:
+        print(table(spec, read_records(Path(spec.records))))
+    elif arguments.overhead:
+        measure_overhead(spec, arguments.arms)
+    else:
+        make(spec, arguments.arms, arguments.jobs, arguments.time_limit)
 
 
 def read_spec(path: Path) -> RemedySpec:

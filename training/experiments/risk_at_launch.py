@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rksp_core.errors import ConfigError, RkspError
+from rksp_core.errors import ConfigError
 from rksp_core.launch import NAMES
 from rksp_core.risk_fit import best_ridge, fit, fit_weights
+from training.command import ANEW, carried_out
 from training.experiments import eigenvector_condition
 from training.experiments.outcomes import LABELS, STEPS, Label, outcome_of
 from training.experiments.ranking import (
@@ -116,20 +117,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--other", type=Path, metavar="FOLDER", help="report on all runs of another sweep instead")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     arguments = parser.parse_args(argv)
-    try:
-        records = read_runs(arguments.records)
-        tuning = [record for record in records if record["part"] == "tuning"]
-        if arguments.other is not None:
-            reported = read_runs(arguments.other)
-        else:
-            reported = [record for record in records if record["part"] == arguments.on]
-        if not reported:
-            raise ConfigError(f"{arguments.records} holds no runs of the part {arguments.on!r}")
-        print(report(tuning, reported, arguments.label, arguments.plot))
-    except RkspError as error:
-        print(f"risk_at_launch: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return carried_out("risk_at_launch", lambda: _work(arguments), ANEW)
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    records = read_runs(arguments.records)
+    tuning = [record for record in records if record["part"] == "tuning"]
+    if arguments.other is not None:
+        reported = read_runs(arguments.other)
+    else:
+        reported = [record for record in records if record["part"] == arguments.on]
+    if not reported:
+        raise ConfigError(f"{arguments.records} holds no runs of the part {arguments.on!r}")
+    print(report(tuning, reported, arguments.label, arguments.plot))
 
 
 def read_runs(path: Path) -> list[Record]:

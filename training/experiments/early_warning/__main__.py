@@ -17,7 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rksp_core.errors import ConfigError, RkspError
+from rksp_core.errors import ConfigError
+from training.command import ANEW, carried_out
 from training.experiments.early_warning import report
 from training.experiments.early_warning.chosen import read_chosen, write_chosen
 from training.experiments.record import read_records
@@ -27,24 +28,23 @@ from training.experiments.spec import PARTS
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report, and return the exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        if arguments.rules is None and arguments.on != "tuning":
-            raise ConfigError(f"nothing is chosen on {arguments.on!r}; give --rules, or leave out --on")
-        chosen = None if arguments.rules is None else read_chosen(arguments.rules)
-        records = [record for record in read_records(arguments.records) if record["part"] == arguments.on]
-        if not records:
-            raise ConfigError(f"{arguments.records} holds no runs of the part {arguments.on!r}; give another folder")
-        if chosen is not None:
-            print(report.applied(records, chosen))
-            return 0
-        text, chosen = report.evidence(records, plot=arguments.plot)
-        print(text)
-        if arguments.choose is not None:
-            write_chosen(arguments.choose, chosen)
-    except RkspError as error:
-        print(f"early_warning: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return carried_out("early_warning", lambda: _work(arguments), ANEW)
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    if arguments.rules is None and arguments.on != "tuning":
+        raise ConfigError(f"nothing is chosen on {arguments.on!r}; give --rules, or leave out --on")
+    chosen = None if arguments.rules is None else read_chosen(arguments.rules)
+    records = [record for record in read_records(arguments.records) if record["part"] == arguments.on]
+    if not records:
+        raise ConfigError(f"{arguments.records} holds no runs of the part {arguments.on!r}; give another folder")
+    if chosen is not None:
+        print(report.applied(records, chosen))
+        return
+    text, chosen = report.evidence(records, plot=arguments.plot)
+    print(text)
+    if arguments.choose is not None:
+        write_chosen(arguments.choose, chosen)
 
 
 def _parser() -> argparse.ArgumentParser:

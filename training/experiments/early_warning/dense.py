@@ -25,8 +25,9 @@ import torch
 
 from rksp_core import profile_model
 from rksp_core.atomic import write_atomic
-from rksp_core.errors import ConfigError, RkspError
+from rksp_core.errors import ConfigError
 from rksp_core.features import features
+from training.command import ANEW, carried_out
 from training.config import Config, parse_config
 from training.experiments.indicators import Before, indicators
 from training.experiments.onset import onset
@@ -107,15 +108,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.experiments.early_warning.dense")
     parser.add_argument("runs", type=Path, metavar="FILE.json", help="of the runs; made when it is not there")
     arguments = parser.parse_args(argv)
-    try:
-        if not arguments.runs.exists():
-            document = {"schema": SCHEMA, "window": WINDOW, "runs": make()}
-            write_atomic(arguments.runs, json.dumps(document, separators=(",", ":"), allow_nan=False) + "\n")
-        print(report(_read(arguments.runs)))
-    except RkspError as error:
-        print(f"dense: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return carried_out("dense", lambda: _work(arguments), ANEW)
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    if not arguments.runs.exists():
+        document = {"schema": SCHEMA, "window": WINDOW, "runs": make()}
+        write_atomic(arguments.runs, json.dumps(document, separators=(",", ":"), allow_nan=False) + "\n")
+    print(report(_read(arguments.runs)))
 
 
 def make() -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import torch
 from rich.progress import track
 
 from rksp_core.atomic import write_atomic
-from rksp_core.errors import RkspError
+from training.command import ANEW, carried_out
 from training.experiments.intervals import mean
 from training.experiments.paper.contents import DATA, spec_of
 from training.experiments.plan import PlannedRun, plan
@@ -42,17 +42,16 @@ ARMS = (
 
 def main() -> int:
     """Time all arms and keep what was found."""
+    return carried_out("overhead", _work, ANEW)
+
+
+def _work() -> None:
     spec = read_spec(spec_of(SPEC))
     first = {run.group: run for run in plan(spec)}
     torch.set_num_threads(1)
-    try:
-        costs = {name: _cost(spec, first["none"], first[name]) for name in track(ARMS, "timing")}
-    except RkspError as error:
-        print(f"overhead: {error}", file=sys.stderr)
-        return error.exit_code
+    costs = {name: _cost(spec, first["none"], first[name]) for name in track(ARMS, "timing")}
     write_atomic(FILE, json.dumps(costs, indent=1) + "\n")
     print(json.dumps(costs, indent=1))
-    return 0
 
 
 def read() -> dict[str, str]:

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from rksp_core import ModelProfile, profile_model
 from rksp_core.atomic import write_atomic
-from rksp_core.errors import ConfigError, RkspError
+from rksp_core.errors import ConfigError
+from training.command import ANEW, carried_out
 from training.experiments.paper.contents import DATA, ROOT
 from training.experiments.paper.section import same
 from training.experiments.record import compact
@@ -85,17 +86,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Profile the folders, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m training.experiments.paper.pretrained")
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help=f"default: {', '.join(STAND_INS)}")
-    try:
-        for folder in parser.parse_args(argv).folders or [ROOT / name for name in STAND_INS]:
-            found = measure(folder)
-            path = DATA / "pretrained" / f"{found.name.lower().replace(' ', '-')}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, json.dumps({"schema": SCHEMA, **asdict(found)}, separators=(",", ":")) + "\n")
-            print(f"{found.name}: {found.depth} layers, {found.parameters / 1e6:.0f}M parameters, kept as {path.name}")
-    except RkspError as error:
-        print(f"pretrained: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    arguments = parser.parse_args(argv)
+    return carried_out("pretrained", lambda: _work(arguments), ANEW)
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    for folder in arguments.folders or [ROOT / name for name in STAND_INS]:
+        found = measure(folder)
+        path = DATA / "pretrained" / f"{found.name.lower().replace(' ', '-')}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps({"schema": SCHEMA, **asdict(found)}, separators=(",", ":")) + "\n")
+        print(f"{found.name}: {found.depth} layers, {found.parameters / 1e6:.0f}M parameters, kept as {path.name}")
 
 
 def measure(folder: Path) -> Pretrained:
