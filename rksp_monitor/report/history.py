@@ -215,7 +215,7 @@ def _level(cells: dict[str, Cell]) -> str:
 
 def _order(cells: dict[str, Cell]) -> str:
     """Return what is ordered, in short: alpha, then the levers beside it, then whereto the trainer is sent back."""
-    short = {"alpha": "", "clip": "clip ", "learning_rate_scale": "lr x"}
+    short = {"alpha": "", "clip": "clip ", "learning_rate_scale": "lr x", "surprise": "surprise "}
     asked = [f"{text}{value:g}" for name, text in short.items() if (value := cells[f"order_{name}"]) is not None]
     asked += [] if cells["rollback_to"] is None else [f"back to {cells['rollback_to']}"]
     return ", ".join(asked) or MISSING

@@ -63,10 +63,10 @@ def test_the_policy_of_the_time_decides_as_it_did(folder: Path, capsys: pytest.C
 
 def test_a_stricter_policy_says_where_it_differs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "strict.yaml"
-    path.write_text("ladder: {1: {alpha: 0.05, clip: 1.0}}\nclear_after: 1\n")
+    path.write_text("ladder: {1: {alpha: 0.05, clip: 1.0, surprise: 2.0}}\nclear_after: 1\n")
     document = json.loads(replayed(folder, "--policy", path, "--format", "json", capsys=capsys))
     assert document["schema"] == "rksp.policy-replay/1"
-    policy = dataclasses.replace(Policy(), clear_after=1, ladder={1: Rung(alpha=0.05, clip=1.0)})
+    policy = dataclasses.replace(Policy(), clear_after=1, ladder={1: Rung(alpha=0.05, clip=1.0, surprise=2.0)})
     assert read_policy(path) == policy
     history = list(read_history(folder).rows())
     again = replay_decisions([Evidence.from_dict(row.evidence) for row in history], policy)
@@ -79,7 +79,7 @@ def test_a_stricter_policy_says_where_it_differs(folder: Path, tmp_path: Path, c
     assert f"8 judged events, {len(document['differences'])} decided otherwise" in table
     assert table.index("first alarm at step") < table.index("order would be"), "the sums come first"
     assert "ok: events, hours" in table
-    assert "0.05, clip 1" in table
+    assert "0.05, clip 1, surprise 2" in table
 
 
 def test_sums_are_hours_at_each_level_and_the_first_alarm(folder: Path):
