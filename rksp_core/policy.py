@@ -196,24 +196,19 @@ class RuleFinding:
         return cls(document["rule"], document["level"], document["fired"], document["armed"], conditions, row)
 
 
-# Healthy learning moves these numbers too, so every threshold is advisory. The first conjunction was the best alarm of
-# a prototype (small networks without normalization, profiles every 10 steps; on runs not used to choose it 5-7 of 8
-# divergences caught, 2-5 false alarms on 15 healthy runs). The other drift thresholds are round figures, not measured.
+# Levels 1 and 2 are what training.experiments.early_warning chose on the tuning runs of its sweep, and
+# training/experiments/early_warning/rules.json holds them with the runs that they are of; docs/science.md says what they
+# do on runs that they were not chosen on. Healthy learning moves these numbers too, so they are advisory. Level 3 is no
+# forecast: the trainer's own figures are far out, or not finite.
 DEFAULT_RULES = (
-    Rule(
-        "mass_falls_and_henrici_rises",
-        2,
-        (Condition("near_unit_mass_min", 0.0475, direction="falls"), Condition("log_henrici_max", 1.22)),
-        arm_after_step=60,
-    ),
-    Rule(
-        "mass_falls_and_kreiss_rises",
-        2,
-        (Condition("near_unit_mass_min", 0.0475, direction="falls"), Condition("log_kreiss_mean", 0.7)),
-        arm_after_step=60,
-    ),
-    Rule("mass_falls", 1, (Condition("near_unit_mass_min", 0.15, direction="falls"),), arm_after_step=60),
-    Rule("kreiss_rises", 1, (Condition("log_kreiss_mean", 1.0),), arm_after_step=60),
+    Rule("sigma_max_is_large", 1, (Condition("log_sigma_max", 8.424, "absolute"),), arm_after_step=20),
+    Rule("kreiss_has_risen", 1, (Condition("log_kreiss_mean", 3.264, "baseline"),), arm_after_step=20),
+    Rule("growth_jumps", 1, (Condition("log_growth_max", sigmas=29.75),), arm_after_step=60),
+    Rule("head_grows", 2, (Condition("log_weight_norm_head", 3.038),), arm_after_step=20, in_a_row=2),
+    Rule("gradient_norm_rises", 2, (Condition("log_gradient_norm", 2.409),), arm_after_step=60),
+    Rule("head_jumps", 2, (Condition("log_weight_norm_head", 4.241),), arm_after_step=20),
+    Rule("gradient_norm_jumps", 3, (Condition("gradient_norm", 20.0),), arm_after_step=50),
+    Rule("loss_jumps", 3, (Condition("loss", 1.0),), arm_after_step=50),
     Rule("gradient_norm_is_large", 3, (Condition("gradient_norm", 500.0, "absolute"),)),
     Rule("loss_is_large", 3, (Condition("loss", 50.0, "absolute"),)),
     Rule("activations_not_finite", 3, (Condition("not_finite_layers", 0.0, "absolute"),)),

@@ -30,6 +30,7 @@ from rksp_core.policy import (
     replay_decisions,
     rewind,
 )
+from tests.core.policies import MASSES
 from tests.core.profiles import profile
 
 ON, STRONG = Levers(alpha=0.1), Levers(alpha=0.2)
@@ -187,12 +188,12 @@ def test_a_condition_may_compare_with_the_reference_run_and_ask_for_a_distance()
     assert not Condition("loss", -9.0, "reference").judge(Drift(1, {"loss": 2.0})).held
 
 
-def test_the_shipped_conjunction_needs_both_and_waits_until_it_is_armed():
+def test_a_conjunction_needs_both_and_waits_until_it_is_armed():
     def last(step: int, **figures: float) -> Decision:
         state, _ = measure(None, profile(), step - 20)
         state, _ = measure(state, profile(), step - 10)
         _, drift = measure(state, profile(**figures), step)
-        return decide(PolicyState(), Evidence(drift), Policy())[1]
+        return decide(PolicyState(), Evidence(drift), MASSES)[1]
 
     both = {"near_unit_mass": 0.74, "henrici_departure": 0.4}
     assert last(100, **both).fired == ("mass_falls_and_henrici_rises",)

@@ -197,7 +197,7 @@ def test_a_valid_file_says_how_many_runs_it_watches(tmp_path: Path, capsys: pyte
     text = f"runs: [{{folder: /data/one, enforce: true}}, {{folder: '{tmp_path}/runs/*'}}]"
     assert run(["config", "validate", str(written(tmp_path, text))]) == 0
     said = capsys.readouterr().out
-    assert "8 rules; some runs enforce, some observe; 3 run folders by 2 entries of `runs`\n" in said
+    assert "12 rules; some runs enforce, some observe; 3 run folders by 2 entries of `runs`\n" in said
     assert "are looked at by `rksp doctor --config" in said
     assert run(["config", "validate", str(written(tmp_path, "enforce: true\npolicy: {rules: []}"))]) == 0
     assert "0 rules; enforces; names no runs" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from jsonschema import Draft202012Validator
 from rksp_core.drift import DriftState, measure
 from rksp_core.errors import ConfigError
 from rksp_core.orders import Levers, Reason
-from rksp_core.policy import Decision, Evidence, Hold, Policy, PolicyState, decide
+from rksp_core.policy import Decision, Evidence, Hold, PolicyState, decide
 from rksp_monitor.cli import run
 from rksp_monitor.commands.history import history
 from rksp_monitor.discovery import Sighting
@@ -30,6 +30,7 @@ from rksp_monitor.ledger import Ledger, Outcome, open_ledger
 from rksp_monitor.policy_replay import replay
 from rksp_monitor.report.drawing import fitting
 from rksp_monitor.report.history import SHOWN, to_table
+from tests.core.policies import MASSES
 from tests.core.profiles import profile
 
 STEPS = (0, 50, 100, 150)
@@ -60,7 +61,7 @@ def judge(ledger: Ledger, folder: Path, steps: tuple[int, ...]) -> None:
         found = profile(near_unit_mass=0.9 - step / 200, step=step, loss=2.5, layers=2)
         drift_state, drift = measure(drift_state, found, step)
         evidence = Evidence(drift, 1000.0 + step, series="profile")
-        state, decision = decide(state, evidence, Policy())
+        state, decision = decide(state, evidence, MASSES)
         outcome = Outcome(found.to_dict(), evidence.to_dict(), decision.to_dict())
         ledger.finish(event, outcome, {"policy": state.to_dict()})
 
@@ -279,7 +280,7 @@ class TestExports:
         Draft202012Validator(schema).validate(json.loads(path.read_text()))
         again = list(read_history(path).rows(Selection(kind="hold")))
         assert [Decision.from_dict(row.decision).hold for row in again] == [hold, None]
-        assert replay(read_history(path), Policy()).differences == [], "a policy is not asked again about them"
+        assert replay(read_history(path), MASSES).differences == [], "a policy is not asked again about them"
         parquet = pytest.importorskip("pyarrow.parquet", reason="PyArrow is not installed")
         printed(folder, "--format", "parquet", "--output-file", tmp_path / "all.parquet", capsys=capsys)
         assert [row["hold_by"] for row in parquet.read_table(tmp_path / "all.parquet").to_pylist()][-2:] == [

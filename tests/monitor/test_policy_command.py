@@ -18,10 +18,11 @@ from rksp_monitor.history import read_history
 from rksp_monitor.ledger import Outcome, open_ledger
 from rksp_monitor.policy_replay import replay
 from rksp_monitor.report.policy_replay import LISTED, replay_table
+from tests.core.policies import MASSES, RULES_AS_TEXT
 from tests.core.profiles import profile
 
 STEPS = range(0, 400, 50)
-MASSES = (0.9, 0.9, 0.5, 0.5, 0.5, 0.5, 0.2, 0.2)  # it falls after step 50 and after step 250
+FALLING = (0.9, 0.9, 0.5, 0.5, 0.5, 0.5, 0.2, 0.2)  # it falls after step 50 and after step 250
 HOUR = 3600.0
 
 
@@ -32,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
     drift_state: DriftState | None = None
     state = PolicyState()
     with open_ledger(made / ".rksp" / "run.sqlite3", "run") as ledger:
-        for count, (step, mass) in enumerate(zip(STEPS, MASSES, strict=True)):
+        for count, (step, mass) in enumerate(zip(STEPS, FALLING, strict=True)):
             ledger.record(Sighting(made / f"{step}.json", "profile_file", "profile", step, "f", True))
             event = ledger.next_ready("profile")
             ledger.claim(event)
@@ -40,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
             drift_state, drift = measure(drift_state, found, step)
             evidence = Evidence(drift, count * HOUR, series="profile")
             hold = Hold(Levers(alpha=0.7)) if step == STEPS[-1] else None
-            state, decision = decide(state, evidence, Policy(), hold)
+            state, decision = decide(state, evidence, MASSES, hold)
             ledger.finish(event, Outcome(found.to_dict(), evidence.to_dict(), decision.to_dict()), {})
     return made
 
@@ -51,10 +52,13 @@ def replayed(*argv: object, capsys: pytest.CaptureFixture[str], code: int = 0) -
     return said.out if code != 2 else said.err
 
 
-def test_the_policy_of_the_time_decides_as_it_did(folder: Path, capsys: pytest.CaptureFixture[str]):
-    out = replayed(folder, "--exit-code", capsys=capsys)
+def test_the_policy_of_the_time_decides_as_it_did(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "then.yaml"
+    path.write_text(RULES_AS_TEXT)
+    assert read_policy(path) == dataclasses.replace(MASSES, ladder=Policy().ladder)
+    out = replayed(folder, "--policy", path, "--exit-code", capsys=capsys)
     assert "run run: 8 judged events, all are decided as they were" in out
-    result = replay(read_history(folder), Policy())
+    result = replay(read_history(folder), MASSES)
     assert result.differences == []
     assert result.was.events == result.would.events
     # What a person ordered in the last event is no difference, but it is counted as the order that it was.
@@ -63,10 +67,10 @@ def test_the_policy_of_the_time_decides_as_it_did(folder: Path, capsys: pytest.C
 
 def test_a_stricter_policy_says_where_it_differs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "strict.yaml"
-    path.write_text("ladder: {1: {alpha: 0.05, clip: 1.0, surprise: 2.0}}\nclear_after: 1\n")
+    path.write_text(f"ladder: {{1: {{alpha: 0.05, clip: 1.0, surprise: 2.0}}}}\nclear_after: 1\n{RULES_AS_TEXT}\n")
     document = json.loads(replayed(folder, "--policy", path, "--format", "json", capsys=capsys))
     assert document["schema"] == "rksp.policy-replay/1"
-    policy = dataclasses.replace(Policy(), clear_after=1, ladder={1: Rung(alpha=0.05, clip=1.0, surprise=2.0)})
+    policy = dataclasses.replace(MASSES, clear_after=1, ladder={1: Rung(alpha=0.05, clip=1.0, surprise=2.0)})
     assert read_policy(path) == policy
     history = list(read_history(folder).rows())
     again = replay_decisions([Evidence.from_dict(row.evidence) for row in history], policy)
@@ -83,7 +87,7 @@ def test_a_stricter_policy_says_where_it_differs(folder: Path, tmp_path: Path, c
 
 
 def test_sums_are_hours_at_each_level_and_the_first_alarm(folder: Path):
-    result = replay(read_history(folder), Policy())
+    result = replay(read_history(folder), MASSES)
     levels = [row.decision["level"] for row in read_history(folder).rows()]
     assert levels == [0, 0, 1, 1, 1, 1, 1, 1]
     assert result.was.first_alarm == 100
@@ -107,7 +111,7 @@ def test_a_policy_without_rules_gives_no_alarm(folder: Path):
     result = replay(read_history(folder), nothing)
     assert result.would.first_alarm is None
     assert [step.row.step for step in result.differences] == [100, 150, 200, 250, 300, 350]
-    only = Policy(rules=(Rule("late", 1, Policy().rules[2].all, arm_after_step=300),))
+    only = Policy(rules=(Rule("late", 1, MASSES.rules[2].all, arm_after_step=300),))
     assert replay(read_history(folder), only).would.first_alarm == 300
 
 

@@ -39,6 +39,7 @@ from rksp_monitor.packed import unpack
 from rksp_monitor.replay import Abandoned, Replayed
 from rksp_monitor.run import Run
 from rksp_monitor.watcher import Ending, RunWatcher, Surroundings, Watched
+from tests.core.policies import MASSES
 from tests.core.profiles import profile
 from tests.monitor import tiny_model
 
@@ -85,6 +86,9 @@ class Bench:
         subject: str = "",
         **settings: Any,
     ) -> Watched:
+        policy = settings.pop("policy", {})
+        if isinstance(policy, dict):
+            policy = {"rules": MASSES.rules, "ladder": MASSES.ladder} | policy
         self.board = Board({})
         self.board.add_run("run", {})
         with structlog.testing.capture_logs() as logs, self.ledger() as ledger:
@@ -97,7 +101,7 @@ class Bench:
             )
             watcher = RunWatcher(
                 self.described,
-                RunSettings(**settings),
+                RunSettings(policy=policy, **settings),
                 ledger=ledger,
                 replayer=replayer,
                 control=self.control,
@@ -593,7 +597,7 @@ def test_every_decision_is_stored_with_its_evidence_and_can_be_made_again(bench:
     bench.run(enforce=True)
     rows = list(read_history(bench.described.ledger).rows(Selection(set_aside=True)))
     evidences = [Evidence.from_dict(row.evidence) for row in rows]
-    again = replay_decisions(evidences, RunSettings().policy)
+    again = replay_decisions(evidences, MASSES)
     assert [one.to_dict() for one in again] == [dict(row.decision) for row in rows]
 
 
@@ -736,7 +740,7 @@ def test_a_reload_with_another_expiry_reaches_the_standing_order_at_the_next_eve
     bench.run(enforce=True)
     first = desired(bench)
     assert seconds(first["expires_at"]) == pytest.approx(seconds(first["issued_at"]) + 86400, abs=1)
-    endless = dataclasses.replace(RunSettings().policy, expires_in=None)
+    endless = dataclasses.replace(MASSES, expires_in=None)
     bench.run(enforce=True, policy=endless)
     assert desired(bench) == first, "an order of the policy needs evidence"
     bench.writer.write(profile(**ALARM), 120)
@@ -785,7 +789,12 @@ def test_the_back_off_of_a_checkpoint_that_is_tried_for_ever_stays_bounded(
     assert bench.statuses() == {100: "done"}
 
 
-RESCUE = {"cooldown_steps": 20, "ratchet": True, "ladder": {3: {"learning_rate_scale": 0.5, "rollback": True}}}
+RESCUE = {
+    "rules": MASSES.rules,
+    "cooldown_steps": 20,
+    "ratchet": True,
+    "ladder": {3: {"learning_rate_scale": 0.5, "rollback": True}},
+}
 
 
 def rescued(bench: Bench, reached: int | None = 80, **settings: Any) -> None:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -17,14 +18,16 @@ from rksp_core.profile import WeightNorms
 from tests.core.profiles import profile
 from training.experiments.early_warning import rules as module
 from training.experiments.early_warning import sequential
+from training.experiments.early_warning.choose import WATCHED
 from training.experiments.early_warning.chosen import read_chosen
 from training.experiments.early_warning.rules import RESCUE, Clause, Rule
 from training.experiments.early_warning.series import FORMS, PLACES, SIGNALS, Series, trailing
 
 KNOWN = ("near_unit_mass_min", "log_kreiss_mean", "log_weight_norm_head", "loss", "log_gradient_norm")
+SHIPPED = read_chosen(Path(module.__file__).with_name("rules.json"))
 CHOSEN = [
     rule
-    for rules in (*read_chosen(Path(module.__file__).with_name("rules.json")).sets.values(), RESCUE)
+    for rules in (*SHIPPED.sets.values(), RESCUE)
     for rule in rules
     if {clause.metric for clause in rule.all} <= set(FEATURES)
 ]
@@ -76,6 +79,12 @@ def watched(rule: Rule) -> policy.Rule:
         for clause in rule.all
     ]
     return policy.Rule("rule", 2, tuple(conditions), rule.arm_after_step, rule.in_a_row)
+
+
+@pytest.mark.parametrize(("level", "name"), [(1, "spectra"), (2, WATCHED)])
+def test_the_shipped_rules_are_those_that_were_chosen(level: int, name: str) -> None:
+    shipped = [dataclasses.replace(rule, name="rule", level=2) for rule in policy.DEFAULT_RULES if rule.level == level]
+    assert shipped == [watched(rule) for rule in SHIPPED.sets[name]]
 
 
 def fires(rule: Rule, drifts: list[Drift]) -> list[bool]:
