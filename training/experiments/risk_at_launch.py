@@ -20,6 +20,7 @@ from rksp_core.launch import NAMES
 from rksp_core.risk_fit import best_ridge, fit, fit_weights
 from training.command import ANEW, carried_out
 from training.experiments import eigenvector_condition
+from training.experiments.intervals import Share
 from training.experiments.outcomes import LABELS, STEPS, Label, outcome_of
 from training.experiments.ranking import (
     Estimate,
@@ -248,9 +249,12 @@ def draw(probabilities: np.ndarray, bad: np.ndarray, path: Path) -> None:
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    axes.plot([p for p, _, _ in rows], [f for _, f, _ in rows], "o-", color="#1f5fa8", clip_on=False)
+    happened = np.array([share for _, share, _ in rows])
+    bounds = np.array([Share(round(share * count), count).interval() for _, share, count in rows])
+    bars = np.abs(bounds.T - happened)
+    axes.errorbar([told for told, _, _ in rows], happened, bars, fmt="o", color="#1f5fa8", capsize=3, clip_on=False)
     axes.set(xlabel="probability that was told", ylabel="share of runs that diverged", xlim=(0, 1), ylim=(0, 1))
-    axes.set_title(f"{len(bad)} runs, {len(rows)} bins", fontsize=10)
+    axes.set_title(f"{len(bad)} runs in {len(rows)} bins, 95 % intervals", fontsize=10)
     figure.savefig(path, dpi=150)
 
 
