@@ -201,12 +201,25 @@ class RuleFinding:
 # do on runs that they were not chosen on. Healthy learning moves these numbers too, so they are advisory. Level 3 is no
 # forecast: the trainer's own figures are far out, or not finite.
 DEFAULT_RULES = (
-    Rule("sigma_max_is_large", 1, (Condition("log_sigma_max", 8.424, "absolute"),), arm_after_step=20),
-    Rule("kreiss_has_risen", 1, (Condition("log_kreiss_mean", 3.264, "baseline"),), arm_after_step=20),
-    Rule("growth_jumps", 1, (Condition("log_growth_max", sigmas=29.75),), arm_after_step=60),
-    Rule("head_grows", 2, (Condition("log_weight_norm_head", 3.038),), arm_after_step=20, in_a_row=2),
-    Rule("gradient_norm_rises", 2, (Condition("log_gradient_norm", 2.409),), arm_after_step=60),
-    Rule("head_jumps", 2, (Condition("log_weight_norm_head", 4.241),), arm_after_step=20),
+    Rule(
+        "expansive_mass_falls",
+        1,
+        (Condition("expansive_mass_mean", 0.444, "baseline", direction="falls"),),
+        arm_after_step=20,
+    ),
+    Rule("sigma_max_grows", 1, (Condition("log_sigma_max", 5.188),), arm_after_step=20, in_a_row=2),
+    Rule(
+        "henrici_and_kreiss_jump",
+        1,
+        (
+            Condition("log_henrici_max", 10.04),
+            Condition("log_kreiss_mean", 2.246),
+        ),
+        arm_after_step=20,
+    ),
+    Rule("head_weights_grow", 2, (Condition("log_weight_norm_head", 3.038),), arm_after_step=20, in_a_row=2),
+    Rule("head_weights_jump", 2, (Condition("log_weight_norm_head", 4.265),), arm_after_step=20),
+    Rule("block_weights_grow", 2, (Condition("log_weight_norm_max", 2.558),), arm_after_step=20, in_a_row=2),
     Rule("gradient_norm_jumps", 3, (Condition("gradient_norm", 20.0),), arm_after_step=50),
     Rule("loss_jumps", 3, (Condition("loss", 1.0),), arm_after_step=50),
     Rule("gradient_norm_is_large", 3, (Condition("gradient_norm", 500.0, "absolute"),)),

@@ -18,7 +18,6 @@ from rksp_core.profile import WeightNorms
 from tests.core.profiles import profile
 from training.experiments.early_warning import rules as module
 from training.experiments.early_warning import sequential
-from training.experiments.early_warning.choose import WATCHED
 from training.experiments.early_warning.chosen import read_chosen
 from training.experiments.early_warning.rules import RESCUE, Clause, Rule
 from training.experiments.early_warning.series import FORMS, PLACES, SIGNALS, Series, trailing
@@ -81,7 +80,7 @@ def watched(rule: Rule) -> policy.Rule:
     return policy.Rule("rule", 2, tuple(conditions), rule.arm_after_step, rule.in_a_row)
 
 
-@pytest.mark.parametrize(("level", "name"), [(1, "spectra"), (2, WATCHED)])
+@pytest.mark.parametrize(("level", "name"), [(1, "spectra"), (2, "weights")])
 def test_the_shipped_rules_are_those_that_were_chosen(level: int, name: str) -> None:
     shipped = [dataclasses.replace(rule, name="rule", level=2) for rule in policy.DEFAULT_RULES if rule.level == level]
     assert shipped == [watched(rule) for rule in SHIPPED.sets[name]]

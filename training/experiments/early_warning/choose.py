@@ -53,12 +53,12 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "sharpness": ("log_sharpness",),
 }
-WATCHED = "spectra, loss, gradient norm, weights"  # all that `rksp watch` sees; its default rules are of this set
+
 SETS: dict[str, tuple[str, ...]] = {
     "spectra": ("spectra",),
     "loss and gradient norm": ("trainer",),
     "weights": ("weights",),
-    WATCHED: ("spectra", "trainer", "weights"),
+    "spectra, loss, gradient norm, weights": ("spectra", "trainer", "weights"),
     "all these, every step, the optimizer's state": (
         "spectra",
         "trainer",
@@ -85,6 +85,8 @@ OWN_LEVEL = (
     "log_hidden_rms_last",
     "probe_loss",
 )
+# No sample is drawn for these, so sigmas of them would count the smoothness of the run.
+EXACT = ("log_weight_norm_max", "log_weight_norm_head")
 # Of which any two may form a conjunction, all against the trailing average.
 TOGETHER = (
     "near_unit_mass_min",
@@ -153,7 +155,7 @@ def candidates(cases: Cases) -> list[Candidate]:
         for metric in itertools.chain(*SOURCES.values())
         for form in FORMS
         for direction in _directions(metric)
-        if form != "absolute" or metric not in OWN_LEVEL
+        if (form != "absolute" or metric not in OWN_LEVEL) and (form != "sigmas" or metric not in EXACT)
     ]
     found = [Candidate((key,), armed, row) for key in keys for armed in ARMED for row in (1, 2)]
     moves: list[Key] = [(metric, "trailing", _directions(metric)[0]) for metric in TOGETHER]
