@@ -245,8 +245,10 @@ class Rung(Levers):
         return Levers.of(self.kss, **self.beside)
 
 
-# A level that is not listed takes the entry of the next lower one that is; level 0 without an entry is off.
-DEFAULT_LADDER = {0: Rung(), 2: Rung(alpha=0.15)}
+# A level that is not listed takes the entry of the next lower one that is; without one nothing is ordered. Levels 1 and
+# 2 alert people. Back to the last healthy checkpoint and on at half the rate is what saved runs in
+# training/experiments/specs/rescue; half the rate alone came too late, and KSS at the alarm saved none.
+DEFAULT_LADDER = {3: Rung(learning_rate_scale=0.5, rollback=True)}
 
 
 @dataclass(frozen=True)
@@ -255,10 +257,11 @@ class Policy:
 
     ``raise_after`` and ``clear_after`` are the events in a row that raise or lower the level; ``cooldown_steps`` the
     least distance between two orders (a higher level than the one last answered never waits); ``expires_in`` the
-    seconds an order holds, None for ever: it is renewed by the first event after half that time. A series (checkpoints,
-    or the trainer's own profiles) whose newest step lies more than ``silent_after_steps`` behind the run's newest one
-    has fallen silent: its level does not count until it is heard again. None: it always counts. With ``ratchet`` no
-    order is taken back when the level falls, as it does when a trainer goes back: only a higher level asks for another,
+    seconds an order holds: it is renewed by the first event after half that time. None, for ever, is the default, as an
+    order that ends while nobody watches gives the run the full learning rate back with which it was in trouble. A
+    series (checkpoints, or the trainer's own profiles) whose newest step lies more than ``silent_after_steps`` behind
+    the run's newest one has fallen silent: its level does not count until it is heard again. None: it always counts.
+    With ``ratchet`` no order is taken back when the level falls, as it does when a trainer goes back: only a higher level asks for another,
     and a trainer that went back and has to again gets the rung's ``learning_rate_scale`` once more on top: .5, .25,
     .125, down to `LEAST_SCALE`. A limit of ``surprise`` stays at higher levels, too: the tighter of two holds.
     ``rollback_margin``: how many steps before its last healthy event the run is trusted again, as trouble is older than
@@ -267,13 +270,13 @@ class Policy:
 
     rules: tuple[Rule, ...] = DEFAULT_RULES
     raise_after: int = 1
-    clear_after: int = 5
-    cooldown_steps: int = 100
-    expires_in: float | None = 86400.0
+    clear_after: int = 3
+    cooldown_steps: int = 20
+    expires_in: float | None = None
     # Checkpoints are often 500-5000 steps apart: one series must not lose its word between two of its own events.
     silent_after_steps: int | None = 5000
-    ratchet: bool = False
-    rollback_margin: int = 0
+    ratchet: bool = True
+    rollback_margin: int = 30
     ladder: Mapping[int, Rung] = field(default_factory=lambda: dict(DEFAULT_LADDER))
 
     def __post_init__(self) -> None:

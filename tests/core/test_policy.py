@@ -42,6 +42,8 @@ PLAIN = Policy(
     clear_after=3,
     cooldown_steps=0,
     expires_in=None,
+    ratchet=False,
+    rollback_margin=0,
     ladder={0: Rung(), 2: Rung(0.1), 3: Rung(0.2)},
 )
 

@@ -1,8 +1,8 @@
 """The dashboard and the alerts on live data: a real Prometheus scrapes a real ``rksp watch`` of a run folder.
 
 The reference trainer starts the run, so that there is a checkpoint to replay. Then come profile files: quiet ones, and
-one with the signature that the shipped rules call high risk, which the watcher answers by an order and the trainer's
-end of the control folder acknowledges.
+one whose loss the shipped rules call critical, which the watcher answers by an order and the trainer's end of the
+control folder acknowledges.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import pytest
 import yaml
 
 from rksp_core.control import ControlListener
-from rksp_core.profile import LayerProfile, ModelProfile, ReliableMasses
+from rksp_core.limits import Limits
+from rksp_core.profile import LayerProfile, ModelProfile, ReliableMasses, WeightNorms
 from rksp_core.profile_writer import ProfileWriter
 from tests.deploy.expressions import dashboard_expressions, filled_in, rule_expressions, selectors_in
 from tests.deploy.processes import PATH, ROOT, daemon, free_port, need, run, wait_until
@@ -35,6 +36,8 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 DASHBOARD = dashboard_expressions(json.loads((ROOT / "grafana/rksp.json").read_text(encoding="utf-8")))
 RULES_FILE = ROOT / "deploy/prometheus/rules/rksp.rules.yml"
 ALERTS = rule_expressions(yaml.safe_load(RULES_FILE.read_text(encoding="utf-8")))
+# The shipped rules, and at their highest level all that the dashboard shows of an order.
+EVERY_LEVER = {"policy": {"ladder": {3: {"alpha": 0.15, "learning_rate_scale": 0.5, "surprise": 1.0, "rollback": True}}}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +76,10 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 @contextlib.contextmanager
 def _watcher(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    port_file = folder / "address"
+    port_file, settings = folder / "address", folder / "watch.yaml"
+    settings.write_text(json.dumps(EVERY_LEVER), encoding="utf-8")
     command = [sys.executable, "-m", "rksp_monitor", "watch", str(folder / RUN), "--enforce", "--listen", "127.0.0.1:0"]
-    command += ["--run-id", RUN, "--port-file", str(port_file), "--poll-interval", "0.1"]
+    command += ["--run-id", RUN, "--port-file", str(port_file), "--poll-interval", "0.1", "--config", str(settings)]
     environment = ENVIRONMENT | {"RKSP_PER_LAYER_METRICS": "true", "RKSP_REPLAY__SAMPLES": "256"}
     with daemon(command, environment, folder / "watch.log") as process:
         wait_until(port_file.exists, 30, f"the watcher does not serve, see {folder}/watch.log")
@@ -121,9 +125,9 @@ def _play(folder: Path, live: Live) -> None:
         )
     _seen(live, "rksp_checkpoint_last_processed_step == 50")
     _seen(live, "rksp_control_applied_generation == 0")
-    writer.write(_profile(mass=0.30, henrici=0.9, kreiss=9.0), 100, loss=2.4, gradient_norm=3.0)
+    writer.write(_profile(mass=0.30, henrici=0.9, kreiss=9.0), 100, loss=9.0, gradient_norm=40.0)
     _seen(live, "rksp_control_desired_generation == 1")
-    trainer = ControlListener(folder / RUN / "control", RUN)
+    trainer = ControlListener(folder / RUN / "control", RUN, Limits(learning_rate_scale=(0.01, 1.0), surprise=(0.1, 10.0)))
     order = trainer.poll(101)
     assert order is not None
     trainer.acknowledge(order, 101)
@@ -152,7 +156,8 @@ def _profile(mass: float, henrici: float, kreiss: float) -> ModelProfile:
         )
         for index in range(2)
     ]
-    return ModelProfile(tuple(layers), settings={"samples": 2048}, probe={"sha256": "0" * 64})
+    norms = WeightNorms(blocks=4.0, head=2.0)
+    return ModelProfile(tuple(layers), settings={"samples": 2048}, probe={"sha256": "0" * 64}, weight_norms=norms)
 
 
 def _seen(live: Live, expression: str) -> None:
@@ -195,7 +200,7 @@ def test_prometheus_evaluates_every_rule_without_error(live: Live):
 
 
 def test_the_risk_raises_an_alert_and_the_order_that_was_obeyed_does_not(live: Live):
-    _seen(live, f'ALERTS{{alertname="RkspRiskHigh",run="{RUN}"}}')
+    _seen(live, f'ALERTS{{alertname="RkspRiskCritical",run="{RUN}"}}')
     _seen(live, 'absent(ALERTS{alertname="RkspControlNotAcknowledged"})')
     _seen(live, 'absent(ALERTS{alertname="RkspWatcherDown"})')
 

@@ -67,7 +67,7 @@ policy:
     policy = read_settings(written(tmp_path, text)).policy
     assert policy.ladder == {1: Rung(alpha=0.05)}
     assert policy.rules[0].all[0].against == "baseline"
-    assert policy.clear_after == 5
+    assert policy.clear_after == 3
 
 
 def test_an_entry_of_runs_takes_what_it_leaves_out_from_the_top_level(tmp_path: Path):

@@ -18,7 +18,7 @@ from rksp_monitor.history import read_history
 from rksp_monitor.ledger import Outcome, open_ledger
 from rksp_monitor.policy_replay import replay
 from rksp_monitor.report.policy_replay import LISTED, replay_table
-from tests.core.policies import MASSES, RULES_AS_TEXT
+from tests.core.policies import MASSES, as_text
 from tests.core.profiles import profile
 
 STEPS = range(0, 400, 50)
@@ -54,8 +54,8 @@ def replayed(*argv: object, capsys: pytest.CaptureFixture[str], code: int = 0) -
 
 def test_the_policy_of_the_time_decides_as_it_did(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "then.yaml"
-    path.write_text(RULES_AS_TEXT)
-    assert read_policy(path) == dataclasses.replace(MASSES, ladder=Policy().ladder)
+    path.write_text(as_text())
+    assert read_policy(path) == MASSES
     out = replayed(folder, "--policy", path, "--exit-code", capsys=capsys)
     assert "run run: 8 judged events, all are decided as they were" in out
     result = replay(read_history(folder), MASSES)
@@ -67,7 +67,7 @@ def test_the_policy_of_the_time_decides_as_it_did(folder: Path, tmp_path: Path, 
 
 def test_a_stricter_policy_says_where_it_differs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "strict.yaml"
-    path.write_text(f"ladder: {{1: {{alpha: 0.05, clip: 1.0, surprise: 2.0}}}}\nclear_after: 1\n{RULES_AS_TEXT}\n")
+    path.write_text(as_text(clear_after=1, ladder={1: {"alpha": 0.05, "clip": 1.0, "surprise": 2.0}}))
     document = json.loads(replayed(folder, "--policy", path, "--format", "json", capsys=capsys))
     assert document["schema"] == "rksp.policy-replay/1"
     policy = dataclasses.replace(MASSES, clear_after=1, ladder={1: Rung(alpha=0.05, clip=1.0, surprise=2.0)})

@@ -24,13 +24,14 @@ from safetensors.torch import save
 
 from rksp_core import Limits, ProfileWriter
 from rksp_core.control import ControlListener
+from rksp_core.orders import Levers
 from tests.core.profiles import profile
 from tests.monitor import tiny_model
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 MODEL = ("--model", "tests.monitor.tiny_model:build_scripted")
-ALARM = {"near_unit_mass": 0.6, "henrici_departure": 0.5}
+ALARM = {"loss": 9.0, "gradient_norm": 40.0}  # beside a loss of 2: the shipped rules call that critical
 SETTINGS = {
     "RKSP_REPLAY__RETRY_DELAY": "0.1",
     "RKSP_REPLAY__SAMPLES": "256",
@@ -125,25 +126,27 @@ def test_from_profiles_to_an_order_and_its_acknowledgement(run: Path, start):
     until(lambda: watcher.metric("rksp_checkpoint_last_processed_step") == 100)
     assert watcher.metric("rksp_risk_level") == 0
     assert not (run / "control" / "desired.json").exists()
-    ProfileWriter(run, every=10).write(profile(**ALARM), 110)
-    until(lambda: watcher.metric("rksp_risk_level") == 2)
-    trainer = ControlListener(run / "control", "run")
+    ProfileWriter(run, every=10).write(profile(), 110, **ALARM)
+    until(lambda: watcher.metric("rksp_risk_level") == 3)
+    trainer = ControlListener(run / "control", "run", Limits(learning_rate_scale=(0.01, 1.0)))
     order = trainer.poll(111)
     assert order is not None
-    assert (order.generation, order.kss.alpha) == (1, 0.15)
-    trainer.acknowledge(order, 111)
+    assert (order.generation, order.levers) == (1, Levers(learning_rate_scale=0.5))
+    assert order.rollback_to == 70, "30 steps before the last event on which nothing fired"
+    assert order.expires_at is None, "a watcher that dies does not give a run in trouble its full rate back"
+    trainer.acknowledge(order, 111, rolled_back_to=70)
     until(lambda: watcher.metric("rksp_control_applied_generation") == 1)
-    assert watcher.metric("rksp_kss_applied_weight") == 0.15
+    assert watcher.metric("rksp_kss_applied_weight") == 0
     assert watcher.end() == 0
     assert watcher.logged("stopped")[-1]["by"] == "SIGTERM"
 
 
 def test_an_order_outside_the_trainers_limits_is_rejected_and_the_log_says_why(run: Path, start):
     settings = run.parent / "settings.yaml"
-    settings.write_text("policy: {ladder: {2: {alpha: 0.15, learning_rate_scale: 2.0}}}")
+    settings.write_text("policy: {ladder: {3: {alpha: 0.15, learning_rate_scale: 2.0}}}")
     watcher = start("--enforce", "--config", str(settings))
     healthy(run, range(10, 110, 10))
-    ProfileWriter(run, every=10).write(profile(**ALARM), 110)
+    ProfileWriter(run, every=10).write(profile(), 110, **ALARM)
     until(lambda: (run / "control" / "desired.json").exists())
     assert ControlListener(run / "control", "run", Limits(learning_rate_scale=(0.1, 1))).poll(111) is None
     until(lambda: watcher.logged("answer"))
@@ -203,7 +206,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(run: Path, start):
     until(lambda: rows(run)[105][0] == "processing")
     first.end(signal.SIGKILL)
     shutil.rmtree(run / "checkpoints" / "step-00000105")
-    ProfileWriter(run, every=10).write(profile(**ALARM), 110)
+    ProfileWriter(run, every=10).write(profile(near_unit_mass=0.6), 110, **ALARM)
     second = start("--enforce", *MODEL)
     until(lambda: second.metric("rksp_control_desired_generation") == 1)
     assert second.metric("rksp_checkpoints_processed_total") == 1  # the ten before are not judged again
@@ -211,7 +214,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(run: Path, start):
     order = (run / "control" / "desired.json").read_bytes()
     second.end(signal.SIGKILL)
     third = start("--enforce", *MODEL)
-    until(lambda: third.metric("rksp_risk_level") == 2)
+    until(lambda: third.metric("rksp_risk_level") == 3)
     assert (run / "control" / "desired.json").read_bytes() == order
     assert third.end() == 0
     assert rows(run)[105] == ("expired", 1)
@@ -233,10 +236,13 @@ def test_once_exits_by_what_it_saw(run: Path):
     assert empty.stdout == ""
     healthy(run, range(10, 110, 10))
     assert once(run, "--fail-on", "elevated").returncode == 0
-    ProfileWriter(run, every=10).write(profile(**ALARM), 110)
+    writer = ProfileWriter(run, every=10)
+    writer.write(profile(), 110, loss=2.0, gradient_norm=12.0)  # log 12 above: high, not critical
     assert once(run).returncode == 0
     assert once(run, "--fail-on", "high").returncode == 1
     assert once(run, "--fail-on", "critical").returncode == 0
+    writer.write(profile(), 120, **ALARM)
+    assert once(run, "--fail-on", "critical").returncode == 1
 
 
 @pytest.mark.parametrize(
@@ -296,8 +302,8 @@ def test_sighup_reloads_the_settings_and_refuses_bad_ones(run: Path, start):
     watcher.process.send_signal(signal.SIGHUP)
     until(lambda: watcher.logged("settings reloaded"))
     assert watcher.logged("these settings take effect at the next start")[0]["settings"] == ["hints"]
-    ProfileWriter(run, every=10).write(profile(**ALARM), 110)
-    until(lambda: watcher.metric("rksp_risk_level") == 2)
+    ProfileWriter(run, every=10).write(profile(), 110, **ALARM)
+    until(lambda: watcher.metric("rksp_risk_level") == 3)
     assert watcher.end() == 0
 
 

@@ -88,7 +88,7 @@ class Bench:
     ) -> Watched:
         policy = settings.pop("policy", {})
         if isinstance(policy, dict):
-            policy = {"rules": MASSES.rules, "ladder": MASSES.ladder} | policy
+            policy = vars(MASSES) | policy
         self.board = Board({})
         self.board.add_run("run", {})
         with structlog.testing.capture_logs() as logs, self.ledger() as ledger:
@@ -790,7 +790,7 @@ def test_the_back_off_of_a_checkpoint_that_is_tried_for_ever_stays_bounded(
 
 
 RESCUE = {
-    "rules": MASSES.rules,
+    **vars(MASSES),
     "cooldown_steps": 20,
     "ratchet": True,
     "ladder": {3: {"learning_rate_scale": 0.5, "rollback": True}},
