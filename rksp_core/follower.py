@@ -53,7 +53,8 @@ class ControlFollower:
     regularizer
         What an order switches and configures.
     limits
-        What this trainer lets an order set; by default any regularizer, and nothing beside it.
+        What this trainer lets an order set; by default any regularizer, and nothing beside it. The shipped policy
+        orders half the learning rate: a loop that applies it says ``Limits(learning_rate_scale=(0.01, 1.0))``.
     optimizers
         Those that the loop steps with, where ``limits.surprise`` is set: an order of surprise is rejected, rather than
         raised in the middle of a step, where one of them keeps no second moments (`rksp_core.surprise.obstacle`).

@@ -24,6 +24,8 @@ from rksp_core.surprise import SurpriseClip
 
 _log = logging.getLogger(__name__)
 
+LOWER_RATE = Limits(learning_rate_scale=(0.01, 1.0))
+
 
 class Loop:
     """Keeps a model in the loop with a monitor while a trainer trains it; `begin` starts, the callbacks do the rest.
@@ -40,8 +42,8 @@ class Loop:
     kss
         The regularizer until an order comes; off by default.
     limits
-        What an order may set. The clip threshold, the learning rate and the surprise of gradients are left alone
-        unless their limits say otherwise.
+        What an order may set: by default KSS, and a learning rate that is lower than the trainer's own, as the shipped
+        policy orders it. The clip threshold and the surprise of gradients are left alone unless limits say otherwise.
     rollback
         Takes the trainer back to a checkpoint, as `rksp_core.ControlFollower` says; None: an order that asks for it is
         told that this trainer cannot.
@@ -69,7 +71,7 @@ class Loop:
         *,
         run_id: str | None = None,
         kss: KSSSettings = KSSSettings(),  # noqa: B008 - it is frozen
-        limits: Limits = Limits(),  # noqa: B008 - the same
+        limits: Limits = LOWER_RATE,
         rollback: Rollback | None = None,
         probe: Batch | None = None,
         profile_every: int = 0,

@@ -77,7 +77,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 @contextlib.contextmanager
 def _watcher(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     port_file, settings = folder / "address", folder / "watch.yaml"
-    settings.write_text(json.dumps(EVERY_LEVER), encoding="utf-8")
+    settings.write_text(yaml.safe_dump(EVERY_LEVER), encoding="utf-8")
     command = [sys.executable, "-m", "rksp_monitor", "watch", str(folder / RUN), "--enforce", "--listen", "127.0.0.1:0"]
     command += ["--run-id", RUN, "--port-file", str(port_file), "--poll-interval", "0.1", "--config", str(settings)]
     environment = ENVIRONMENT | {"RKSP_PER_LAYER_METRICS": "true", "RKSP_REPLAY__SAMPLES": "256"}
@@ -157,7 +157,7 @@ def _profile(mass: float, henrici: float, kreiss: float) -> ModelProfile:
         for index in range(2)
     ]
     norms = WeightNorms(blocks=4.0, head=2.0)
-    return ModelProfile(tuple(layers), settings={"samples": 2048}, probe={"sha256": "0" * 64}, weight_norms=norms)
+    return ModelProfile(tuple(layers), settings={"samples": 2048}, probe={"sha256": "0" * 64}, weights=norms)
 
 
 def _seen(live: Live, expression: str) -> None:

@@ -14,6 +14,7 @@ from rksp_core import KSSRegularizer, KSSSettings, Limits
 from rksp_core.control import ControlWriter
 from rksp_core.follower import ControlFollower
 from rksp_core.orders import Levers, Reason
+from rksp_core.policy import Policy
 from tests.integrations.words import Words
 
 ALL = Limits(clip=(0.1, 10.0), learning_rate_scale=(0.1, 1.0), surprise=(0.1, 10.0))
@@ -74,6 +75,20 @@ def test_an_answer_that_cannot_be_written_is_logged_and_stops_nothing(
         assert one.follow(5) is not None
     assert regularizer.settings == ORDER
     assert "step 5: the answer cannot be written" in caplog.text
+
+
+def test_a_loop_of_ones_own_takes_the_shipped_order_where_its_limits_say_so(tmp_path: Path) -> None:
+    shipped = Policy().rung(3).levers
+    ControlWriter(tmp_path).issue("run", shipped, Reason())
+    assert ControlFollower(tmp_path, "run", KSSRegularizer(Words())).follow(1) is None
+    answer = json.loads((tmp_path / "applied.json").read_text())
+    assert (answer["status"], answer["message"]) == (
+        "rejected",
+        "the order asks for learning_rate_scale 0.5, this trainer has no such lever; its limits.learning_rate_scale "
+        "must allow it",
+    )
+    applies = Limits(learning_rate_scale=(0.01, 1.0))
+    assert ControlFollower(tmp_path, "run", KSSRegularizer(Words()), applies).follow(2) == shipped
 
 
 def answer_to_a_rollback(one: ControlFollower, folder: Path) -> dict:

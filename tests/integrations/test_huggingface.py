@@ -17,6 +17,7 @@ from rksp_core.control import ControlWriter
 from rksp_core.errors import ConfigError, ModelError
 from rksp_core.integrations.huggingface import RkspCallback
 from rksp_core.orders import Levers, Reason
+from rksp_core.policy import Policy
 from rksp_core.surprise import clip_surprise
 from tests.integrations.words import IGNORED, OwnMean, Words, rows, stacked, weights
 
@@ -208,6 +209,21 @@ def test_surprise_is_no_lever_of_an_optimizer_without_second_moments(tmp_path: P
     assert figures(trainer, "kss_weight") == [0.0] * 3
     assert monitor.answer()["status"] == "rejected"
     assert "second moments of Adam, which SGD does not keep" in monitor.answer()["message"]
+
+
+def test_the_shipped_order_is_obeyed_out_of_the_box_but_for_the_way_back(tmp_path: Path) -> None:
+    monitor = Orders(tmp_path, rollback_to=0, step_1=Policy().rung(3).levers)
+    train(Words(), arguments(tmp_path, max_steps=3), monitor, RkspCallback(tmp_path), count=6)
+    answer = monitor.answer()
+    assert (answer["status"], answer["active"]["learning_rate_scale"]) == ("applied", 0.5)
+    assert answer["message"] == "did not go back: this trainer cannot go back"
+
+
+def test_an_order_never_raises_the_rate_by_default(tmp_path: Path) -> None:
+    monitor = Orders(tmp_path, step_1=Levers(learning_rate_scale=2.0))
+    train(Words(), arguments(tmp_path, max_steps=3), monitor, RkspCallback(tmp_path), count=6)
+    assert monitor.answer()["status"] == "rejected"
+    assert "this trainer allows 0.01 to 1 (limits.learning_rate_scale)" in monitor.answer()["message"]
 
 
 def test_an_order_beyond_the_limits_is_refused(tmp_path: Path) -> None:

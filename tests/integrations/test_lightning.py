@@ -18,6 +18,7 @@ from rksp_core.control import ControlWriter
 from rksp_core.errors import ConfigError
 from rksp_core.integrations.lightning import RkspCallback
 from rksp_core.orders import Levers, Reason
+from rksp_core.policy import Policy
 from rksp_core.surprise import clip_surprise
 from tests.integrations.words import Words, rows, stacked, weights
 
@@ -200,6 +201,15 @@ def test_clip_and_learning_rate_go_where_an_order_says_and_back(tmp_path: Path) 
     clips = [0.1, 0.1, 0.05 / 4, 0.05 / 4] + [0.1] * 4
     expected = [RATE * 0.9**step * clip for step, clip in enumerate(clips)]
     assert monitor.moves == pytest.approx(expected, rel=1e-4)  # torch divides by the norm plus 1e-6
+
+
+@pytest.mark.parametrize("kind", [Module, Manual])
+def test_the_shipped_order_is_obeyed_out_of_the_box_but_for_the_way_back(tmp_path: Path, kind: type[Module]) -> None:
+    monitor = Monitor(tmp_path, rollback_to=0, step_1=Policy().rung(3).levers)
+    fit(kind(), callback(tmp_path), monitor, count=6)
+    answer = monitor.answer()
+    assert (answer["status"], answer["active"]["learning_rate_scale"]) == ("applied", 0.5)
+    assert answer["message"] == "did not go back: this trainer cannot go back"
 
 
 @pytest.mark.parametrize("kind", [Module, Manual])
