@@ -5,7 +5,7 @@ In one terminal, to train on the bytes of a text, in one process or in two:
     python examples/accelerate_loop.py runs/loop
     torchrun --nproc-per-node=2 examples/accelerate_loop.py runs/loop
 
-and in another one, to watch the profiles that it writes, and to let it switch KSS on where a rule fires:
+and in another one, to watch the profiles that it writes, and to let it lower the learning rate where a rule of level 3 fires:
 
     rksp watch runs/loop --enforce
 
@@ -24,9 +24,9 @@ from accelerate.utils import set_seed
 from byte_text import ByteModel, arguments, next_byte_loss, windows
 from torch.utils.data import DataLoader
 
-from rksp_core import ControlFollower, KSSRegularizer, ProfileWriter, profile_model
+from rksp_core import ControlFollower, KSSRegularizer, Limits, ProfileWriter, profile_model
 
-LENGTH = 64
+LENGTH, RATE = 64, 3e-3
 
 
 def main() -> None:
@@ -36,10 +36,11 @@ def main() -> None:
     set_seed(0)
     rows = windows(options.text, LENGTH)
     model = ByteModel(LENGTH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
 
     regularizer = KSSRegularizer(model, alpha=0.0)  # of the model itself, before it is wrapped; off until an order
-    follower = ControlFollower(options.run / "control", options.run.resolve().name, regularizer)
+    limits = Limits(learning_rate_scale=(0.01, 1.0))  # an order may lower the rate, as this loop applies it
+    follower = ControlFollower(options.run / "control", options.run.resolve().name, regularizer, limits)
     profiles = ProfileWriter(options.run, every=options.profile_every)
 
     loader = DataLoader(rows, batch_size=8, shuffle=True, drop_last=True)
@@ -52,6 +53,8 @@ def main() -> None:
         term = regularizer.term()  # 0 when none is due
         accelerator.backward(loss + term)
         norm = accelerator.clip_grad_norm_(parallel.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * (follower.levers.learning_rate_scale or 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if accelerator.is_main_process and profiles.due(step + 1):

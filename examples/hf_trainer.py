@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from rksp_core import Limits
 from rksp_core.integrations.huggingface import RkspCallback
 
 LENGTH = 64
@@ -67,8 +66,7 @@ def main() -> None:
         report_to="none",
     )
 
-    limits = Limits(learning_rate_scale=(0.1, 1.0))  # an order may lower the rate, too
-    callback = RkspCallback(options.run, probe=probe, profile_every=options.profile_every, limits=limits)
+    callback = RkspCallback(options.run, probe=probe, profile_every=options.profile_every)
     trainer = Trainer(LlamaForCausalLM(config), settings, train_dataset=Windows(rows), callbacks=[callback])
     trainer.train(resume_from_checkpoint=resume)
 

@@ -20,7 +20,6 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from rksp_core import Limits
 from rksp_core.integrations.lightning import RkspCallback
 
 LENGTH = 64
@@ -55,7 +54,6 @@ def main() -> None:
         network="model",
         probe=rows[:32].clone(),
         profile_every=options.profile_every,
-        limits=Limits(learning_rate_scale=(0.1, 1.0)),  # an order may lower the rate, too
     )
     trainer = Trainer(
         max_steps=options.steps,

@@ -197,9 +197,9 @@ class RuleFinding:
 
 
 # Levels 1 and 2 are what training.experiments.early_warning chose on the tuning runs of its sweep, and
-# training/experiments/early_warning/rules.json holds them with the runs that they are of; docs/science.md says what they
-# do on runs that they were not chosen on. Healthy learning moves these numbers too, so they are advisory. Level 3 is no
-# forecast: the trainer's own figures are far out, or not finite.
+# training/experiments/early_warning/rules.json holds them with the runs that they are of; docs/science.md says what
+# they do on runs that they were not chosen on. Healthy learning moves these numbers too, so they are advisory. Level 3
+# is no forecast: the trainer's own figures are far out, or not finite.
 DEFAULT_RULES = (
     Rule(
         "expansive_mass_falls",
@@ -261,9 +261,10 @@ class Policy:
     order that ends while nobody watches gives the run the full learning rate back with which it was in trouble. A
     series (checkpoints, or the trainer's own profiles) whose newest step lies more than ``silent_after_steps`` behind
     the run's newest one has fallen silent: its level does not count until it is heard again. None: it always counts.
-    With ``ratchet`` no order is taken back when the level falls, as it does when a trainer goes back: only a higher level asks for another,
-    and a trainer that went back and has to again gets the rung's ``learning_rate_scale`` once more on top: .5, .25,
-    .125, down to `LEAST_SCALE`. A limit of ``surprise`` stays at higher levels, too: the tighter of two holds.
+    With ``ratchet`` no order is taken back when the level falls, as it does when a trainer goes back: only a higher
+    level asks for another, and a trainer that went back and has to again gets the rung's ``learning_rate_scale`` once
+    more on top: .5, .25, .125, down to `LEAST_SCALE`. A limit of ``surprise`` stays at higher levels, too: the tighter
+    of two holds.
     ``rollback_margin``: how many steps before its last healthy event the run is trusted again, as trouble is older than
     its signs.
     """

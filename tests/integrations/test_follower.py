@@ -82,11 +82,8 @@ def test_a_loop_of_ones_own_takes_the_shipped_order_where_its_limits_say_so(tmp_
     ControlWriter(tmp_path).issue("run", shipped, Reason())
     assert ControlFollower(tmp_path, "run", KSSRegularizer(Words())).follow(1) is None
     answer = json.loads((tmp_path / "applied.json").read_text())
-    assert (answer["status"], answer["message"]) == (
-        "rejected",
-        "the order asks for learning_rate_scale 0.5, this trainer has no such lever; its limits.learning_rate_scale "
-        "must allow it",
-    )
+    assert answer["status"] == "rejected"
+    assert answer["message"].endswith("this trainer has no such lever; its limits.learning_rate_scale must allow it")
     applies = Limits(learning_rate_scale=(0.01, 1.0))
     assert ControlFollower(tmp_path, "run", KSSRegularizer(Words()), applies).follow(2) == shipped
 

@@ -104,13 +104,15 @@ def test_observing_changes_no_bit(tmp_path: Path) -> None:
 class Orders(TrainerCallback):
     """Plays the monitor: writes an order after a step."""
 
-    def __init__(self, folder: Path, **levers_after: Levers) -> None:
+    def __init__(self, folder: Path, rollback_to: int | None = None, **levers_after: Levers) -> None:
         self.writer, self.folder = ControlWriter(folder / "control"), folder
+        self.rollback_to = rollback_to
         self.after = {int(name.removeprefix("step_")): levers for name, levers in levers_after.items()}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step in self.after:
-            self.writer.issue(self.folder.resolve().name, self.after[state.global_step], Reason())
+            levers, name = self.after[state.global_step], self.folder.resolve().name
+            self.writer.issue(name, levers, Reason(), rollback_to=self.rollback_to)
 
     def answer(self) -> dict[str, Any]:
         return json.loads((self.folder / "control" / "applied.json").read_text())

@@ -145,8 +145,9 @@ def loss_of_step(step: int) -> float:
 class Monitor(Callback):
     """Plays the monitor: writes an order after a batch; notes what the trainer says of KSS."""
 
-    def __init__(self, folder: Path, **levers_after: Levers) -> None:
+    def __init__(self, folder: Path, rollback_to: int | None = None, **levers_after: Levers) -> None:
         self.writer, self.folder = ControlWriter(folder / "control"), folder
+        self.rollback_to = rollback_to
         self.after = {int(name.removeprefix("step_")): levers for name, levers in levers_after.items()}
         self.weights: list[float] = []
         self.moves: list[float] = []
@@ -160,7 +161,8 @@ class Monitor(Callback):
         self.moves.append(float((now - self.last).norm()))
         self.last = now
         if trainer.global_step in self.after:
-            self.writer.issue(self.folder.resolve().name, self.after.pop(trainer.global_step), Reason())
+            levers, name = self.after.pop(trainer.global_step), self.folder.resolve().name
+            self.writer.issue(name, levers, Reason(), rollback_to=self.rollback_to)
 
 
 def test_an_order_is_obeyed_at_the_next_optimizer_step_and_answered(tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ def test_clip_and_learning_rate_go_where_an_order_says_and_back(tmp_path: Path) 
 def test_the_shipped_order_is_obeyed_out_of_the_box_but_for_the_way_back(tmp_path: Path, kind: type[Module]) -> None:
     monitor = Monitor(tmp_path, rollback_to=0, step_1=Policy().rung(3).levers)
     fit(kind(), callback(tmp_path), monitor, count=6)
-    answer = monitor.answer()
+    answer = json.loads((tmp_path / "control" / "applied.json").read_text())
     assert (answer["status"], answer["active"]["learning_rate_scale"]) == ("applied", 0.5)
     assert answer["message"] == "did not go back: this trainer cannot go back"
 
