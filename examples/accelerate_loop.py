@@ -5,7 +5,7 @@ In one terminal, to train on the bytes of a text, in one process or in two:
     python examples/accelerate_loop.py runs/loop
     torchrun --nproc-per-node=2 examples/accelerate_loop.py runs/loop
 
-and in another one, to watch the profiles that it writes, and to let it lower the learning rate where a rule of level 3 fires:
+and in another one, to watch the profiles that it writes, and to let it lower the learning rate in need:
 
     rksp watch runs/loop --enforce
 

@@ -4,7 +4,7 @@ In one terminal, to train on the bytes of a text:
 
     python examples/hf_trainer.py runs/hf
 
-and in another one, to watch its profiles and checkpoints, and to let it switch KSS on where a rule fires:
+and in another one, to watch its profiles and checkpoints, and to let it lower the learning rate in need:
 
     rksp watch runs/hf --model runs/hf/config.json --enforce
 

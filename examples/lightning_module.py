@@ -4,7 +4,7 @@ In one terminal, to train on the bytes of a text:
 
     python examples/lightning_module.py runs/lightning
 
-and in another one, to watch the profiles that it writes, and to let it switch KSS on where a rule fires:
+and in another one, to watch the profiles that it writes, and to let it lower the learning rate in need:
 
     rksp watch runs/lightning --enforce
 

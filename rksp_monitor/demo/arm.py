@@ -26,8 +26,8 @@ GAUGES = {
     "mass": "rksp_near_unit_mass_min_ratio",
     "mass_drift": "rksp_near_unit_mass_drift",
     "kreiss_drift": "rksp_kreiss_constant_drift",
-    "desired": "rksp_kss_desired_weight",
     "applied": "rksp_kss_applied_weight",
+    "backs": "rksp_control_rollbacks_total",
     "desired_generation": "rksp_control_desired_generation",
     "applied_generation": "rksp_control_applied_generation",
 }
@@ -41,13 +41,14 @@ class Sample:
     step: int | None = None
     loss: float | None = None
     gradient_norm: float | None = None
+    learning_rate: float | None = None
     judged_step: float | None = None
     risk: float | None = None
     mass: float | None = None
     mass_drift: float | None = None
     kreiss_drift: float | None = None
-    desired: float | None = None
     applied: float | None = None
+    backs: float | None = None
     desired_generation: float | None = None
     applied_generation: float | None = None
 
@@ -139,6 +140,7 @@ class Arm:
             step=line.get("step"),
             loss=line.get("loss"),
             gradient_norm=line.get("gradient_norm"),
+            learning_rate=line.get("learning_rate"),
             **self._metrics(),
         )
         self.samples.append(sample)

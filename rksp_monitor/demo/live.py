@@ -25,8 +25,9 @@ ROWS: tuple[tuple[str, Callable[[Sample], str]], ...] = (
     ("drift of near-unit mass", lambda s: _number(s.mass_drift, "+.3f")),
     ("drift of log Kreiss constant", lambda s: _number(s.kreiss_drift, "+.3f")),
     ("risk", lambda s: "-" if s.risk is None else LEVELS[int(s.risk)]),
-    ("KSS weight desired", lambda s: _number(s.desired, "g")),
+    ("learning rate", lambda s: _number(s.learning_rate, ".3g")),
     ("KSS weight applied", lambda s: _number(s.applied, "g")),
+    ("times it went back", lambda s: _number(s.backs, ".0f")),
     ("order given", lambda s: _number(s.desired_generation, ".0f")),
     ("order acknowledged", lambda s: _number(s.applied_generation, ".0f")),
 )
@@ -63,8 +64,8 @@ def _table(arms: Sequence[Arm]) -> Table:
 
 def _line(sample: Sample) -> str:
     risk = "-" if sample.risk is None else LEVELS[int(sample.risk)]
-    step, loss, weight = _number(sample.step, "d"), _number(sample.loss, ".3f"), _number(sample.applied, "g")
-    return f"step {step}, loss {loss}, risk {risk}, KSS {weight}"
+    step, loss, rate = _number(sample.step, "d"), _number(sample.loss, ".3f"), _number(sample.learning_rate, ".3g")
+    return f"step {step}, loss {loss}, risk {risk}, learning rate {rate}"
 
 
 def _number(value: float | None, form: str) -> str:

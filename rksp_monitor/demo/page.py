@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,12 @@ from rksp_core.features import features
 from rksp_core.policy import LEVELS
 from rksp_core.profile import ModelProfile
 from rksp_monitor.demo.arm import Arm
+from rksp_monitor.history import EVERYTHING, read_history
 from rksp_monitor.report.plots import inline_svg, new_figure
 
 COLOURS = ("#b2182b", "#1b7837")
+# What is drawn of a stretch that was undone, panel by panel.
+UNDONE = ("loss", "gradient_norm", "near_unit_mass_min", "log_kreiss_mean")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Story:
     ordered_at: int | None
     applied_at: int | None
     orders: int
+    went_back: tuple[tuple[int, int], ...]  # from which step to which
+    rate_scale: float  # the smallest factor on the learning rate
     kss_weight: float
     loss: float | None
     accuracy: float
@@ -42,9 +48,10 @@ def tell(arm: Arm) -> Story:
     """Read an arm's files and samples."""
     result, steps = arm.result(), arm.steps()
     alarms = [s.judged_step for s in arm.samples if (s.risk or 0) >= LEVELS.index("high") and s.judged_step is not None]
-    # The step that was being made when the order was first seen, and the first step that ran with it.
-    orders = [s.step for s in arm.samples if (s.desired or 0) > 0 and s.step is not None]
-    applied = [line["step"] for line in steps if line["kss_weight"] > 0]
+    # The step that was being made when the order was first seen, and where it was first obeyed.
+    orders = [s.step for s in arm.samples if (s.desired_generation or 0) > 0 and s.step is not None]
+    went_back = tuple((back["left"], back["reached"]) for back in result["rollbacks"])
+    obeyed = [left for left, _ in went_back] + [line["step"] for line in steps if line["control_generation"] > 0]
     return Story(
         name=arm.name,
         status=result["status"],
@@ -53,8 +60,10 @@ def tell(arm: Arm) -> Story:
         diverged_at=result["diverged_at"]["rksp"],
         alarm_at=int(alarms[0]) if alarms else None,
         ordered_at=orders[0] if orders and arm.enforce else None,
-        applied_at=applied[0] if applied else None,
+        applied_at=min(obeyed, default=None),
         orders=int(arm.samples[-1].desired_generation or 0) if arm.enforce and arm.samples else 0,
+        went_back=went_back,
+        rate_scale=_smallest_scale(arm),
         kss_weight=max((line["kss_weight"] for line in steps), default=0.0),
         loss=result["loss"],
         accuracy=result["accuracy"],
@@ -65,26 +74,47 @@ def tell(arm: Arm) -> Story:
 def verdict(alone: Story, looped: Story) -> str:
     """Say in one sentence what this pair of runs shows, and no more."""
     if looped.applied_at is None:
-        if alone.diverged_at is None:
+        if alone.diverged_at is None and looped.diverged_at is None:
             return "Neither run diverged and no order was given: this seed shows the watcher at rest."
-        late = "the order came too late to be applied" if looped.orders else "no order was given"
+        late = "the order came too late to be obeyed" if looped.orders else "no order was given"
+        if alone.diverged_at is None or looped.diverged_at is None:
+            one = looped if alone.diverged_at is None else alone
+            return f"Only the run {one.name} diverged, at step {one.diverged_at}, and {late}."
         steps = f"at step {alone.diverged_at} without the loop and {looped.diverged_at} with it"
         return f"Both runs diverged, {steps}: {late}."
-    when = f"KSS was switched on at step {looped.applied_at}"
+    what = _done(looped)
     if alone.diverged_at is None and looped.diverged_at is None:
-        return f"{when}, but the run without it did not diverge either: a false alarm, on this seed."
+        return f"{what}, but the run without the loop did not diverge either: a false alarm, on this seed."
     if alone.diverged_at is None:
-        return (
-            f"{when}, and the run diverged at step {looped.diverged_at}, while the one without it did not: it harmed."
-        )
+        return f"{what}, and diverged at step {looped.diverged_at}, while the one without it did not: it harmed."
     if looped.diverged_at is None:
         return (
-            f"{when}; that run reached its horizon of {looped.horizon} steps, and the one without it diverged at step "
+            f"{what}; it reached its horizon of {looped.horizon} steps, and the one without it diverged at step "
             f"{alone.diverged_at}: saved, on this seed and up to this horizon."
         )
     gained = looped.diverged_at - alone.diverged_at
     change = f"{abs(gained)} steps {'later than' if gained > 0 else 'earlier than'}" if gained else "just as"
-    return f"{when}; that run diverged all the same, at step {looped.diverged_at}, {change} the one without it."
+    return f"{what}; it diverged all the same, at step {looped.diverged_at}, {change} the one without it."
+
+
+def _done(looped: Story) -> str:
+    """Say what the run did that obeyed."""
+    did = [f"went back from step {left} to step {reached}" for left, reached in looped.went_back]
+    if looped.rate_scale < 1:
+        did.append(f"went on at {looped.rate_scale:g} of its learning rate")
+    if looped.kss_weight > 0:
+        did.append(f"switched KSS on at weight {looped.kss_weight:g}")
+    first = "" if looped.went_back else f" at step {looped.applied_at}"
+    return f"Ordered to, the run with the loop{first} {', '.join(did) or 'obeyed'}"
+
+
+def _smallest_scale(arm: Arm) -> float:
+    """Return the smallest factor on the learning rate that the trainer acknowledged."""
+    try:
+        active = json.loads((arm.folder / "control" / "applied.json").read_text(encoding="utf-8"))["active"]
+    except (OSError, ValueError, KeyError):
+        return 1.0
+    return float(active.get("learning_rate_scale") or 1.0)
 
 
 def write_page(arms: Sequence[Arm], settings: dict[str, Any]) -> str:
@@ -118,7 +148,11 @@ def _figure(arms: Sequence[Arm], stories: Sequence[Story]) -> str:
             axes[1, 1].plot(at, _known(one.get("log_kreiss_mean") for one in numbers), **style)
             judged = [s for s in arm.samples if s.judged_step is not None and s.risk is not None]
             axes[2, 0].step([s.judged_step for s in judged], [s.risk for s in judged], where="post", **style)
-            axes[2, 1].step(steps, [line["kss_weight"] for line in logs[index]], where="post", **style)
+            axes[2, 1].step(steps, [line["learning_rate"] for line in logs[index]], where="post", **style)
+            undone = _undone(arm)
+            faint = style | {"linestyle": "--", "alpha": 0.45, "label": None}
+            for axis, name in zip(axes.flat, UNDONE, strict=False):
+                axis.plot([step for step, _ in undone], _known(values.get(name) for _, values in undone), **faint)
             for axis in axes.flat:
                 if story.diverged_at is not None:
                     axis.axvline(story.diverged_at, color=COLOURS[index], linewidth=0.9, linestyle=":")
@@ -130,7 +164,7 @@ def _figure(arms: Sequence[Arm], stories: Sequence[Story]) -> str:
             "near-unit mass, smallest over layers",
             "log of the mean Kreiss constant",
             "risk level of the watcher",
-            "KSS weight that the trainer applied",
+            "learning rate as applied",
         )
         for axis, title in zip(axes.flat, titles, strict=True):
             axis.set_title(title)
@@ -145,6 +179,13 @@ def _figure(arms: Sequence[Arm], stories: Sequence[Story]) -> str:
 
 def _profiles(arm: Arm) -> list[ModelProfile]:
     return [ModelProfile.load(path) for path in sorted(arm.folder.glob("profiles/step-*.json"))]
+
+
+def _undone(arm: Arm) -> list[tuple[int, Mapping[str, float]]]:
+    """Return what the watcher's ledger keeps of the steps that the trainer has undone: the trainer keeps nothing."""
+    rows = read_history(arm.folder, run=arm.name).rows(EVERYTHING)
+    kept = [(row.step, row.evidence["drift"]["values"]) for row in rows if row.set_aside and row.evidence is not None]
+    return sorted(kept, key=lambda one: one[0])
 
 
 def _known(values: Any) -> list[float]:

@@ -108,8 +108,11 @@ def test_without_the_trainer_it_says_where_to_get_it(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def story(diverged_at: int | None, applied_at: int | None = None, orders: int = 0) -> Story:
-    return Story("run", "", 300, 300, diverged_at, None, None, applied_at, orders, 0.0, 1.0, 0.5, 1.0)
+def story(diverged_at: int | None, applied_at: int | None = None, orders: int = 0, kss: float = 0.0) -> Story:
+    went_back = () if applied_at is None or kss else ((applied_at, 100),)
+    scale = 0.5 if went_back else 1.0
+    ended = (diverged_at, None, None, applied_at, orders, went_back, scale, kss)
+    return Story("run", "", 300, 300, *ended, 1.0, 0.5, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +120,14 @@ def story(diverged_at: int | None, applied_at: int | None = None, orders: int = 
     [
         (story(None), story(None), "the watcher at rest"),
         (story(200), story(200), "no order was given"),
-        (story(200), story(200, orders=1), "too late to be applied"),
+        (story(200), story(200, orders=1), "too late to be obeyed"),
+        (story(200), story(None), "Only the run run diverged, at step 200, and no order was given"),
+        (
+            story(200),
+            story(None, 150, 1),
+            "went back from step 150 to step 100, went on at 0.5 of its learning rate; it",
+        ),
+        (story(200), story(None, 150, 1, kss=0.15), "at step 150 switched KSS on at weight 0.15; it reached"),
         (story(200), story(None, 150, 1), "saved, on this seed and up to this horizon"),
         (story(None), story(None, 150, 1), "false alarm"),
         (story(None), story(200, 150, 1), "it harmed"),
