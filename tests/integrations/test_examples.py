@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 LONG = 120.0  # seconds; ends only a test that would fail anyway
 POLICY = """
 policy:
+  ladder: {2: {alpha: 0.15}}
   rules:
     - name: always
       level: 2
