@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -51,7 +52,9 @@ def tell(arm: Arm) -> Story:
     # The step that was being made when the order was first seen, and where it was first obeyed.
     orders = [s.step for s in arm.samples if (s.desired_generation or 0) > 0 and s.step is not None]
     went_back = tuple((back["left"], back["reached"]) for back in result["rollbacks"])
-    obeyed = [left for left, _ in went_back] + [line["step"] for line in steps if line["control_generation"] > 0]
+    obeyed = next((line["step"] for line in steps if line["control_generation"] > 0), None)
+    if went_back and (obeyed is None or obeyed > went_back[0][1]):  # the order that took it back
+        obeyed = went_back[0][0]
     return Story(
         name=arm.name,
         status=result["status"],
@@ -60,7 +63,7 @@ def tell(arm: Arm) -> Story:
         diverged_at=result["diverged_at"]["rksp"],
         alarm_at=int(alarms[0]) if alarms else None,
         ordered_at=orders[0] if orders and arm.enforce else None,
-        applied_at=min(obeyed, default=None),
+        applied_at=obeyed,
         orders=int(arm.samples[-1].desired_generation or 0) if arm.enforce and arm.samples else 0,
         went_back=went_back,
         rate_scale=_smallest_scale(arm),
@@ -105,7 +108,7 @@ def _done(looped: Story) -> str:
     if looped.kss_weight > 0:
         did.append(f"switched KSS on at weight {looped.kss_weight:g}")
     first = "" if looped.went_back else f" at step {looped.applied_at}"
-    return f"Ordered to, the run with the loop{first} {', '.join(did) or 'obeyed'}"
+    return f"Ordered to, the run with the loop{first} {' and '.join(did) or 'obeyed'}"
 
 
 def _smallest_scale(arm: Arm) -> float:
@@ -147,7 +150,14 @@ def _figure(arms: Sequence[Arm], stories: Sequence[Story]) -> str:
             axes[1, 0].plot(at, _known(one.get("near_unit_mass_min") for one in numbers), **style)
             axes[1, 1].plot(at, _known(one.get("log_kreiss_mean") for one in numbers), **style)
             judged = [s for s in arm.samples if s.judged_step is not None and s.risk is not None]
-            axes[2, 0].step([s.judged_step for s in judged], [s.risk for s in judged], where="post", **style)
+            back = [before > after for before, after in pairwise([0, *(s.judged_step or 0 for s in judged)])]
+            starts = [0, *(number for number, fell in enumerate(back) if fell), len(judged)]
+            for first, last in pairwise(starts):  # a run that went back is drawn anew from there, not across
+                undone_part = {"linestyle": "--", "alpha": 0.45} if last < len(judged) else {}
+                part = judged[first:last]
+                axes[2, 0].step(
+                    [s.judged_step for s in part], [s.risk for s in part], where="post", **style | undone_part
+                )
             axes[2, 1].step(steps, [line["learning_rate"] for line in logs[index]], where="post", **style)
             undone = _undone(arm)
             faint = style | {"linestyle": "--", "alpha": 0.45, "label": None}

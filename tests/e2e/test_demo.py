@@ -125,7 +125,7 @@ def story(diverged_at: int | None, applied_at: int | None = None, orders: int = 
         (
             story(200),
             story(None, 150, 1),
-            "went back from step 150 to step 100, went on at 0.5 of its learning rate; it",
+            "went back from step 150 to step 100 and went on at 0.5 of its learning rate; it",
         ),
         (story(200), story(None, 150, 1, kss=0.15), "at step 150 switched KSS on at weight 0.15; it reached"),
         (story(200), story(None, 150, 1), "saved, on this seed and up to this horizon"),
