@@ -30,6 +30,10 @@ FEATURES = (
     Feature("log_learning_rate", "the learning rate", risky=True),
     Feature("lion", "the optimizer"),
     Feature("sgd", "the optimizer"),
+    Feature("unclipped", "clipping of the gradient norm", risky=True),
+    Feature("without_norm", "normalization in the blocks"),
+    Feature("lion_without_norm", "the optimizer of a model without normalization"),
+    Feature("sgd_without_norm", "the optimizer of a model without normalization"),
     Feature("log_depth", "the depth"),
     Feature("log_width", "the width"),
     Feature("loss_rise", "the rise of the loss in the look-ahead", risky=True),
@@ -62,6 +66,10 @@ class Launch:
         Whether everything of the look-ahead stayed finite.
     steps
         Steps that the look-ahead was to take.
+    normalized
+        Whether the blocks hold a normalization.
+    clipped
+        Whether the run clips the norm of its gradient; the look-ahead does not.
     """
 
     learning_rate: float
@@ -73,15 +81,35 @@ class Launch:
     hidden_rms: tuple[float | None, float | None]
     finite: bool
     steps: int
+    normalized: bool
+    clipped: bool
 
     @classmethod
     def of(
-        cls, look_ahead: LookAhead, *, steps: int, learning_rate: float, optimizer: str, depth: int, width: int
+        cls,
+        look_ahead: LookAhead,
+        *,
+        steps: int,
+        learning_rate: float,
+        optimizer: str,
+        depth: int,
+        width: int,
+        clipped: bool,
     ) -> Launch:
         """Return the launch that this look-ahead, of ``steps`` steps, was made for."""
-        rms = look_ahead.hidden_rms_before, look_ahead.hidden_rms_after
-        given = look_ahead.losses, look_ahead.gradient_norms, rms, look_ahead.finite
-        return cls(learning_rate, optimizer, depth, width, *given, steps)
+        return cls(
+            learning_rate=learning_rate,
+            optimizer=optimizer,
+            depth=depth,
+            width=width,
+            losses=look_ahead.losses,
+            gradient_norms=look_ahead.gradient_norms,
+            hidden_rms=(look_ahead.hidden_rms_before, look_ahead.hidden_rms_after),
+            finite=look_ahead.finite,
+            steps=steps,
+            normalized=look_ahead.normalized,
+            clipped=clipped,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the launch as JSON."""
@@ -106,6 +134,7 @@ class Launch:
             or not all(map(_numbers, lists))
             or len(document["hidden_rms"]) != 2
             or not is_number(document["learning_rate"])
+            or not all(isinstance(document[name], bool) for name in ("finite", "normalized", "clipped"))
         ):
             raise ConfigError(
                 "a launch has numbers, or null, where its look-ahead has them, and a depth, a width and "
@@ -134,6 +163,10 @@ class Launch:
             "log_learning_rate": math.log(self.learning_rate),
             "lion": float(family == "lion"),
             "sgd": float(family == "sgd"),
+            "unclipped": float(not self.clipped),
+            "without_norm": float(not self.normalized),
+            "lion_without_norm": float(family == "lion" and not self.normalized),
+            "sgd_without_norm": float(family == "sgd" and not self.normalized),
             "log_depth": math.log(self.depth),
             "log_width": math.log(self.width),
             "loss_rise": self._rise(self.losses),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -25,6 +25,7 @@ from rksp_core.untouched import random_state_kept
 OptimizerName = Literal["adamw", "adam", "lion", "sgd"]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 Loss = Callable[[Any, batches.Batch], Tensor]
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class LookAhead:
         The profile of the moved copy, when one was asked for.
     finite
         Whether everything stayed finite.
+    normalized
+        Whether the blocks hold a normalization (`has_norm`).
     """
 
     steps: int
@@ -52,6 +55,7 @@ class LookAhead:
     hidden_rms_after: float | None
     profile: ModelProfile | None
     finite: bool
+    normalized: bool
 
 
 def look_ahead(
@@ -103,7 +107,8 @@ def look_ahead(
             stepper = make_optimizer(optimizer, moved, learning_rate)
         device = next((p.device for p in moved.parameters()), torch.device("cpu"))
         batch = batches.to_device(batch, device)
-        last = find_blocks(moved, blocks)[-1].module
+        stack = [block.module for block in find_blocks(moved, blocks)]
+        last = stack[-1]
         before = _hidden_rms(moved, last, batch)
         losses: list[float | None] = []
         norms: list[float | None] = []
@@ -129,7 +134,17 @@ def look_ahead(
             hidden_rms_after=after,
             profile=profile(moved) if profile is not None and finite else None,
             finite=finite,
+            normalized=has_norm(stack),
         )
+
+
+def has_norm(blocks: Iterable[nn.Module]) -> bool:
+    """Return whether a block holds a normalization: one of torch, or of a class called ``..LayerNorm``, ``..RMSNorm``."""
+    return any(
+        isinstance(module, _NORMS) or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+        for block in blocks
+        for module in block.modules()
+    )
 
 
 def make_optimizer(

@@ -28,6 +28,8 @@ SCHEMA = "rksp.risk_model/1"
 INTERVAL = (0.05, 0.95)  # quantiles over the bootstrap samples
 DIVERGENCE = "divergence"
 BUNDLED = ("divergence.json", "failure.json")  # in the folder risk_models of this package
+# Of features that say yes or no.
+_FLAGS = frozenset(NAMES.index(name) for name in NAMES if not name.startswith("log_") and not name.endswith("_rise"))
 ARRAYS = ("mean", "scale", "weights", "runs", "diverged")
 ROUNDING = 1e-6  # of a standardized feature
 REFINEMENTS = 3  # halvings of the bracket, on the scale of the logarithm of the rate
@@ -142,12 +144,14 @@ class RiskModel:
         """
         if optimizer not in FAMILIES:
             return False
-        anything = dict.fromkeys(NAMES, 0.0)
-        family = FAMILIES[optimizer]
-        known = {"lion": float(family == "lion"), "sgd": float(family == "sgd")}
-        x = self._standardized(anything | known | {"log_depth": math.log(depth), "log_width": math.log(width)})
         free = [place for place, feature in enumerate(FEATURES) if not feature.risky]
-        return bool(np.linalg.norm((x - self.runs)[:, free], axis=1).min() <= self.limit)
+        nothing = {"losses": (), "gradient_norms": (), "hidden_rms": (None, None), "finite": False, "steps": 1}
+        launches = [
+            Launch(1.0, optimizer, depth, width, **nothing, normalized=normalized, clipped=False)  # type: ignore[arg-type]
+            for normalized in (False, True)  # the look-ahead will tell
+        ]
+        apart = [self._standardized(launch.features()) - self.runs for launch in launches]
+        return bool(np.linalg.norm(np.concatenate(apart)[:, free], axis=1).min() <= self.limit)
 
     def safe_rate(self, launch_at: Callable[[float], Launch], rates: Sequence[float], threshold: float) -> SafeRate:
         """Return the rate at which the risk crosses ``threshold``: the largest safe one.
@@ -277,7 +281,7 @@ class RiskModel:
         low, high = self.runs.min(axis=0), self.runs.max(axis=0)
         beyond = [
             f"{feature.words} is another one"
-            if feature.name in FAMILIES
+            if place in _FLAGS
             else f"{feature.words} is {self._plain(place, x)}, the runs have {self._plain(place, low)} to "
             f"{self._plain(place, high)}"
             for place, feature in enumerate(FEATURES)

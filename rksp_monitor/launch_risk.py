@@ -46,6 +46,7 @@ def launch_of(ahead: LookAhead | str | None, settings: Settings, *, depth: int, 
         optimizer=settings.optimizer,
         depth=settings.depth or depth,
         width=width,
+        clipped=settings.clipped,
     )
 
 

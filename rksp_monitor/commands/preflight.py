@@ -51,6 +51,9 @@ def preflight(
     beta2: Annotated[
         float | None, typer.Option(min=0, max=1, help="Of Adam (default .999) or Lion (.99), in the look-ahead.")
     ] = None,
+    clip: Annotated[
+        bool, typer.Option("--clip", help="The run clips the norm of its gradient; the look-ahead does not.")
+    ] = False,
     standard_lr: Annotated[
         float | None, typer.Option(min=0, help="The usual rate for this model; default: by width, for Adam.")
     ] = None,
@@ -100,6 +103,7 @@ def preflight(
         "--loss": loss,
         "--risk-model": risk_model,
         "--beta2": beta2,
+        "--clip": clip or None,
     }
     of_lr["--suggest-lr"] = suggest_lr
     for name, value in of_lr.items():
@@ -128,6 +132,7 @@ def preflight(
             standard_rate=standard_lr,
             optimizer=optimizer,
             beta2=beta2,
+            clipped=clip,
             depth=depth,
             steps=look_ahead_steps,
             loss=None if loss is None else _loss(loss),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rksp_core.capture import uncompiled
 from rksp_core.errors import ConfigError, ModelError
-from rksp_core.lookahead import look_ahead, make_optimizer
+from rksp_core.lookahead import has_norm, look_ahead, make_optimizer
 from rksp_core.profiling import profile_model
 
 from .test_capture import Model, tokens
@@ -143,3 +143,16 @@ def test_an_optimizer_of_ones_own_is_made_for_the_copy_and_steps_at_the_full_rat
 def test_a_beta2_out_of_place_is_one_sentence(model: Model, name: str, beta2: float) -> None:
     with pytest.raises(ConfigError, match=r"beta2 belongs to adamw, adam or lion and lies in \[0, 1\), got"):
         make_optimizer(name, model, 0.01, beta2)
+
+
+def test_it_sees_whether_the_blocks_hold_a_normalization():
+    class TinyRMSNorm(nn.Module):
+        pass
+
+    class NoNorm(nn.Module):
+        pass
+
+    plain = nn.Sequential(nn.Linear(4, 4), NoNorm())
+    assert not has_norm([plain])
+    for norm in (nn.LayerNorm(4), nn.RMSNorm(4), TinyRMSNorm()):
+        assert has_norm([plain, nn.Sequential(nn.Linear(4, 4), norm)])

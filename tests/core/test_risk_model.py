@@ -21,7 +21,7 @@ from rksp_core.risk_model import RiskModel, apart_from
 
 
 def launch(rate: float = 0.01, loss_rise: float = 0.0, **changes: object) -> Launch:
-    calm = Launch(rate, "adamw", 4, 64, (3.0, 3.0 * math.exp(loss_rise)), (1.0, 1.0), (1.0, 1.0), finite=True, steps=1)
+    calm = Launch(rate, "adamw", 4, 64, (3.0, 3.0 * math.exp(loss_rise)), (1.0, 1.0), (1.0, 1.0), finite=True, steps=1, normalized=True, clipped=False)
     return dataclasses.replace(calm, **changes)
 
 
@@ -255,7 +255,7 @@ LINE = planted(1)[0].to_dict()
         (json.dumps(LINE | {"diverged": "yes"}), "diverged is true or false, got 'yes'"),
         (json.dumps(LINE | {"horizon": 0}), "horizon is a count of steps, got 0"),
         (json.dumps(LINE | {"launch": None}), "its launch is null: the report comes from a preflight without --lr"),
-        (json.dumps(LINE | {"launch": 3}), "a launch has the keys depth, .*; got int"),
+        (json.dumps(LINE | {"launch": 3}), "a launch has the keys clipped, depth, .*; got int"),
         (json.dumps(LINE | {"launch": LINE["launch"] | {"depth": 0}}), "a depth, a width and steps of at least 1"),
         (json.dumps(LINE | {"launch": LINE["launch"] | {"losses": "3"}}), "copy it from a preflight report as it is"),
         (json.dumps(LINE | {"launch": LINE["launch"] | {"optimizer": "x"}}), "no risk is known for the optimizer 'x'"),

@@ -29,6 +29,7 @@ def record(number: int, random: np.random.Generator) -> dict[str, Any]:
             "model.arguments.depth": 4,
             "model.arguments.width": 64,
             "model.arguments.norm": ("pre_ln", "no_norm")[number % 3 % 2],
+            "stabilizers.clip": (None, 1.0)[number % 5 % 2],
         },
         "initial": {"features": {"near_unit_mass_mean": random.random(), "spectral_radius_max": 1.0}},
         "look_ahead": [

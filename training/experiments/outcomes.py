@@ -64,6 +64,8 @@ def outcome_of(record: Record, steps: int = STEPS, label: Label = "diverged") ->
         hidden_rms=(ahead["hidden_rms_before"], ahead["hidden_rms_after"]),
         finite=ahead["finite"],
         steps=steps,
+        normalized=given["model.arguments.norm"] != "no_norm",
+        clipped=given["stabilizers.clip"] is not None,
     )
     bad = record["labels"]["rksp"] is not None if label == "diverged" else not record["learned"]
     return Outcome(record["key"], launch, bad, record["horizon"])

@@ -36,7 +36,9 @@ from training.experiments.record import Record, read_records
 
 GROUPS = {
     "the learning rate": ("log_learning_rate",),
-    "the optimizer": ("lion", "sgd"),
+    "the optimizer": ("lion", "sgd", "lion_without_norm", "sgd_without_norm"),
+    "the clipping": ("unclipped",),
+    "whether there is a norm": ("without_norm", "lion_without_norm", "sgd_without_norm"),
     "depth and width": ("log_depth", "log_width"),
     "the look-ahead": ("loss_rise", "gradient_rise", "hidden_rise"),
 }
