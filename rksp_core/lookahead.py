@@ -139,7 +139,7 @@ def look_ahead(
 
 
 def has_norm(blocks: Iterable[nn.Module]) -> bool:
-    """Return whether a block holds a normalization: one of torch, or of a class called ``..LayerNorm``, ``..RMSNorm``."""
+    """Return whether a block holds a normalization: of torch, or of a class called ``..LayerNorm`` or ``..RMSNorm``."""
     return any(
         isinstance(module, _NORMS) or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
         for block in blocks

@@ -21,7 +21,19 @@ from rksp_core.risk_model import RiskModel, apart_from
 
 
 def launch(rate: float = 0.01, loss_rise: float = 0.0, **changes: object) -> Launch:
-    calm = Launch(rate, "adamw", 4, 64, (3.0, 3.0 * math.exp(loss_rise)), (1.0, 1.0), (1.0, 1.0), finite=True, steps=1, normalized=True, clipped=False)
+    calm = Launch(
+        rate,
+        "adamw",
+        4,
+        64,
+        (3.0, 3.0 * math.exp(loss_rise)),
+        (1.0, 1.0),
+        (1.0, 1.0),
+        finite=True,
+        steps=1,
+        normalized=True,
+        clipped=False,
+    )
     return dataclasses.replace(calm, **changes)
 
 

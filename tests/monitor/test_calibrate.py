@@ -29,7 +29,17 @@ def planted(width: int = 16) -> list[Outcome]:
         rate = math.exp(random.uniform(math.log(1e-3), math.log(10.0)))
         rise, growth = 0.5 * math.log(rate / 0.01) + random.normal(0, 0.7), random.normal(1.0, 1.0)
         figures = (3.5, 3.5 * math.exp(rise)), (1.0, math.exp(rise)), (1.0, math.exp(growth))
-        launch = Launch(rate, "adamw", int(random.choice([2, 3, 4])), width, *figures, finite=True, steps=4, normalized=True, clipped=False)
+        launch = Launch(
+            rate,
+            "adamw",
+            int(random.choice([2, 3, 4])),
+            width,
+            *figures,
+            finite=True,
+            steps=4,
+            normalized=True,
+            clipped=False,
+        )
         diverged = bool(random.random() < 1 / (1 + (0.1 / rate) ** 2))
         runs.append(Outcome(f"run {number}", launch, diverged, 1000))
     return runs

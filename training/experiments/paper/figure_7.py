@@ -47,9 +47,9 @@ def section() -> Section:
         name="figure_7",
         title=TITLE,
         setting=(
-            f"The part tuning of specs/risk.yaml (of its 644 runs the 43 that cost most are not made): {len(known)} runs, "
-            f"of which {diverged(known).count} diverged, on a language that is learned, from rates that are safe to rates "
-            "that are hopeless; the mass is that before the first step, its mean over the layers."
+            f"The part tuning of specs/risk.yaml, of whose 644 runs the 43 that cost most are not made: {len(known)} "
+            f"runs, of which {diverged(known).count} diverged, on a language that is learned, from rates that are safe "
+            "to rates that are hopeless; the mass is that before the first step, its mean over the layers."
         ),
         header=("branch", "the paper", "diverged, ours", "same sign"),
         rows=(
