@@ -42,7 +42,6 @@ class Story:
     kss_weight: float
     loss: float | None
     accuracy: float
-    step_milliseconds: float
 
 
 def tell(arm: Arm) -> Story:
@@ -70,7 +69,6 @@ def tell(arm: Arm) -> Story:
         kss_weight=max((line["kss_weight"] for line in steps), default=0.0),
         loss=result["loss"],
         accuracy=result["accuracy"],
-        step_milliseconds=1000 * result["seconds"] / max(len(steps), 1),
     )
 
 

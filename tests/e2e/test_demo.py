@@ -112,7 +112,7 @@ def story(diverged_at: int | None, applied_at: int | None = None, orders: int = 
     went_back = () if applied_at is None or kss else ((applied_at, 100),)
     scale = 0.5 if went_back else 1.0
     ended = (diverged_at, None, None, applied_at, orders, went_back, scale, kss)
-    return Story("run", "", 300, 300, *ended, 1.0, 0.5, 1.0)
+    return Story("run", "", 300, 300, *ended, 1.0, 0.5)
 
 
 @pytest.mark.parametrize(
