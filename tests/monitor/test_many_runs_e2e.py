@@ -61,9 +61,9 @@ def test_runs_come_and_go_with_the_folders_that_a_glob_finds(runs: Path, start: 
 
 def test_each_run_has_its_own_settings(runs: Path, start: Callable[[str], Watcher]):
     for name in ("a", "b"):
-        ProfileWriter(runs / name, every=10).write(profile(**ALARM), 110)
+        ProfileWriter(runs / name, every=10).write(profile(), 110, **ALARM)
     watcher = start(f"runs: [{{folder: '{runs}/a', enforce: true, run_id: first}}, {{folder: '{runs}/b'}}]")
-    until(lambda: series(watcher, "rksp_risk_level") == {"first": 2, "b": 2})
+    until(lambda: series(watcher, "rksp_risk_level") == {"first": 3, "b": 3})
     assert (runs / "a" / "control" / "desired.json").exists()
     assert not (runs / "b" / "control").exists()
     assert watcher.end() == 0
@@ -112,7 +112,7 @@ def test_a_reload_does_not_forget_the_baseline_again(runs: Path):
     settings.write_text("policy: {raise_after: 2}")
     watcher.process.send_signal(signal.SIGHUP)
     until(lambda: len(watcher.logged("watching")) == 2)
-    ProfileWriter(runs / "a", every=10).write(profile(**ALARM), 110)
+    ProfileWriter(runs / "a", every=10).write(profile(near_unit_mass=0.6), 110)
     until(lambda: watcher.metric("rksp_checkpoint_last_processed_step") == 110)
     assert watcher.metric("rksp_near_unit_mass_drift") < 0
     assert watcher.end() == 0
@@ -138,7 +138,7 @@ def test_a_healthy_run_is_found_where_its_watcher_keeps_its_ledger(runs: Path, s
     assert first.end() == 0
     rules = """policy: {rules: [{name: r, level: 2, all: [
         {metric: near_unit_mass_min, against: reference, direction: falls, by: 0.05}]}]}"""
-    ProfileWriter(runs / "b", every=10).write(profile(**ALARM), 90)
+    ProfileWriter(runs / "b", every=10).write(profile(near_unit_mass=0.6), 90)
     second = start(f"{state}\n{rules}\nreference: '{runs}/a'\nruns: [{{folder: '{runs}/b'}}]")
     until(lambda: second.logged("risk level"))
     assert second.logged("risk level")[0]["now"] == "high"

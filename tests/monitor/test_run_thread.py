@@ -26,7 +26,7 @@ from rksp_monitor.run_thread import RunThread, Task
 from rksp_monitor.watcher import Surroundings
 from tests.core.profiles import profile
 from tests.monitor import tiny_model
-from tests.monitor.test_watcher import ALARM, FakeReplayer
+from tests.monitor.test_watcher import FakeReplayer
 
 Live = Callable[..., RunThread]
 
@@ -81,11 +81,11 @@ def live(tmp_path: Path, told: list[str], desk: Desk, monkeypatch: pytest.Monkey
 def test_a_suspension_forgets_neither_what_was_judged_nor_the_worst_level(tmp_path: Path, live: Live, told: list[str]):
     writer = ProfileWriter(tmp_path, every=10)
     for step in range(10, 150, 10):
-        writer.write(profile(**ALARM) if step == 110 else profile(), step)
+        writer.write(profile(), step, loss=99.0 if step == 110 else 2.0)
     tiny_model.save_folder(tmp_path, 200)
     full = {200: [MemoryError("full"), MemoryError("full"), profile()]}
     run = live(full, Task(until_step=200), policy={"clear_after": 1})
-    assert (run.judged, run.level) == (15, 2)
+    assert (run.judged, run.level) == (15, 3)
     assert told.count("run_suspended") == 1, "the same problem is told once"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from safetensors.torch import save
 from rksp_core import Limits, ProfileWriter
 from rksp_core.control import ControlListener
 from rksp_core.orders import Levers
+from rksp_core.profile import WeightNorms
 from tests.core.profiles import profile
 from tests.monitor import tiny_model
 from tests.waiting import until
@@ -237,11 +239,12 @@ def test_once_exits_by_what_it_saw(run: Path):
     healthy(run, range(10, 110, 10))
     assert once(run, "--fail-on", "elevated").returncode == 0
     writer = ProfileWriter(run, every=10)
-    writer.write(profile(), 110, loss=2.0, gradient_norm=12.0)  # log 12 above: high, not critical
+    for step, norm in ((110, 1.0), (120, 100.0)):  # the weights grow a hundred times: high, not critical
+        writer.write(dataclasses.replace(profile(), weights=WeightNorms(1.0, norm)), step)
     assert once(run).returncode == 0
     assert once(run, "--fail-on", "high").returncode == 1
     assert once(run, "--fail-on", "critical").returncode == 0
-    writer.write(profile(), 120, **ALARM)
+    writer.write(profile(), 130, **ALARM)
     assert once(run, "--fail-on", "critical").returncode == 1
 
 

@@ -24,6 +24,8 @@ POLICY = {
     "raise_after": 1,
     "clear_after": 1,
     "cooldown_steps": 0,
+    "ratchet": False,
+    "expires_in": 86400.0,
     "ladder": {0: {"alpha": 0.0}, 3: {"alpha": 0.15}},
     "rules": [
         {

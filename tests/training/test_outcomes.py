@@ -21,6 +21,8 @@ RECORD = {
         "optimizer.name": "adamw",
         "model.arguments.depth": 4,
         "model.arguments.width": 64,
+        "model.arguments.norm": "no_norm",
+        "stabilizers.clip": 1.0,
     },
     "look_ahead": [
         {
@@ -53,7 +55,9 @@ def test_records_become_outcomes(records: Path, tmp_path: Path, capsys: pytest.C
     first, second = read_outcomes([tmp_path / "outcomes.jsonl"])
     assert (first.name, first.diverged, first.horizon) == ("tuning-abc-1", True, 800)
     assert (second.name, second.diverged) == ("untouched-abc-1", False)  # the label is rksp's
-    assert first.launch.features()["hidden_rise"] == pytest.approx(0.6931, abs=1e-4)
+    features = first.launch.features()
+    assert features["hidden_rise"] == pytest.approx(0.6931, abs=1e-4)
+    assert (features["without_norm"], features["unclipped"]) == (1.0, 0.0)
 
 
 def test_a_run_that_did_not_learn_failed(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
