@@ -232,6 +232,14 @@ def signalling() -> list[Any]:
             (f"rksp_surprise_applied_limit{{{RUN}}}", "{{run}} surprise applied"),
         ),
         lines(
+            "Share of the learning rate",
+            "What the watcher ordered as a factor on the trainer's own schedule, and what the trainer applied: 1 is "
+            "its own rate; the shipped policy halves it each time it takes a run back.",
+            "percentunit",
+            (f"rksp_learning_rate_desired_ratio{{{RUN}}}", "{{run}} desired"),
+            (f"rksp_learning_rate_applied_ratio{{{RUN}}}", "{{run}} applied"),
+        ),
+        lines(
             "Order generation",
             "Number of the newest order and of the newest one the trainer acknowledged. A lasting gap fires an alert.",
             "none",

@@ -147,6 +147,8 @@ METRICS: tuple[Definition, ...] = (
     _gauge("rksp_risk_level", "Level of the policy: 0 ok, 1 elevated, 2 high, 3 critical; absent until it judged."),
     _gauge("rksp_kss_desired_weight", "Weight of the regularizer that the policy asks for; 0 is off."),
     _gauge("rksp_kss_applied_weight", "Weight of the regularizer that the trainer acknowledged as active."),
+    _gauge("rksp_learning_rate_desired_ratio", "Share of its learning rate that the policy asks for; 1 is its own."),
+    _gauge("rksp_learning_rate_applied_ratio", "Share of its learning rate that the trainer acknowledged as active."),
     _gauge("rksp_surprise_desired_limit", "Limit of surprise that the policy asks for; absent while it asks for none."),
     _gauge("rksp_surprise_applied_limit", "Limit of surprise that the trainer acknowledged as active; absent without."),
     _gauge("rksp_control_desired_generation", "Generation of the last order that was issued; 0 before the first."),

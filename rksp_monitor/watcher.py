@@ -544,6 +544,7 @@ class RunWatcher:
         expired = end is not None and self._clock() > end
         self._set("rksp_risk_level", None if state.step is None else state.level)
         self._set("rksp_kss_desired_weight", 0.0 if expired else state.ordered.alpha)
+        self._set("rksp_learning_rate_desired_ratio", 1.0 if expired else state.ordered.learning_rate_scale or 1.0)
         self._set("rksp_surprise_desired_limit", None if expired else state.ordered.surprise)
         self._set("rksp_control_desired_generation", order.generation if order else 0)
         self._set("rksp_control_held", float(self._hold is not None))
@@ -552,6 +553,7 @@ class RunWatcher:
             self._hear(answer)
             if answer.run_id == self.run.name:
                 self._set("rksp_kss_applied_weight", answer.active_kss.alpha)
+                self._set("rksp_learning_rate_applied_ratio", answer.active_learning_rate_scale or 1.0)
                 self._set("rksp_surprise_applied_limit", answer.active_surprise)
                 applied = answer.active_generation
         self._set("rksp_control_applied_generation", applied)

@@ -65,6 +65,8 @@ BESIDE = (
     "rksp_weight_norm_max",
     "rksp_weight_norm_head",
     "rksp_wasserstein_drift",
+    "rksp_learning_rate_desired_ratio",
+    "rksp_learning_rate_applied_ratio",
     "rksp_surprise_desired_limit",
     "rksp_surprise_applied_limit",
     "rksp_control_acknowledgement_overdue",

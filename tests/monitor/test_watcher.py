@@ -449,9 +449,11 @@ def test_levers_beside_the_regularizer_are_ordered_and_the_answer_is_logged(benc
     assert (order["clip"], order["learning_rate_scale"], order["surprise"]) == (0.5, 0.25, 2.0)
     assert answer["active"] == {"kss": order["kss"], "clip": 0.5, "learning_rate_scale": 0.25, "surprise": 2.0}
     assert bench.gauge("rksp_surprise_applied_limit") == 2.0
+    assert [bench.gauge(f"rksp_learning_rate_{whose}_ratio") for whose in ("desired", "applied")] == [0.25, 0.25]
     bench.now += 2 * 86400  # nobody watched, and its time is over
     bench.run(enforce=True, policy=policy)
     assert bench.gauge("rksp_surprise_desired_limit") is None
+    assert bench.gauge("rksp_learning_rate_desired_ratio") == 1.0
 
 
 def test_a_backlog_of_latest_passes_over_what_is_old_already(bench: Bench):
