@@ -28,8 +28,6 @@ SCHEMA = "rksp.risk_model/1"
 INTERVAL = (0.05, 0.95)  # quantiles over the bootstrap samples
 DIVERGENCE = "divergence"
 BUNDLED = ("divergence.json", "failure.json")  # in the folder risk_models of this package
-# Of features that say yes or no.
-_FLAGS = frozenset(NAMES.index(name) for name in NAMES if not name.startswith("log_") and not name.endswith("_rise"))
 ARRAYS = ("mean", "scale", "weights", "runs", "diverged")
 ROUNDING = 1e-6  # of a standardized feature
 REFINEMENTS = 3  # halvings of the bracket, on the scale of the logarithm of the rate
@@ -281,7 +279,7 @@ class RiskModel:
         low, high = self.runs.min(axis=0), self.runs.max(axis=0)
         beyond = [
             f"{feature.words} is another one"
-            if place in _FLAGS
+            if not feature.name.startswith("log_")  # it says yes or no
             else f"{feature.words} is {self._plain(place, x)}, the runs have {self._plain(place, low)} to "
             f"{self._plain(place, high)}"
             for place, feature in enumerate(FEATURES)

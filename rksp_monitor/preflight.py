@@ -40,10 +40,9 @@ class Settings:
 
     ``learning_rate`` is the planned peak rate; None leaves the baselines out. ``depth`` replaces the number of blocks
     in learning rate x depth. ``clipped``: whether the run clips the norm of its gradient. ``loss`` is (model output,
-    batch) -> scalar; None means next-token cross-entropy. ``risk_models`` give the
-    probabilities, the first that of divergence. ``steps`` of the look-ahead are theirs when None, or
-    `rksp_monitor.baselines.STEPS` where they do not cover the model. ``threshold`` is the probability whose learning
-    rate is looked for; None looks for none.
+    batch) -> scalar; None means next-token cross-entropy. ``risk_models`` give the probabilities, the
+    first that of divergence. ``steps`` of the look-ahead are theirs when None, or `rksp_monitor.baselines.STEPS` where
+    they do not cover the model. ``threshold`` is the probability whose learning rate is looked for; None: none is.
     """
 
     blocks: str | None = None

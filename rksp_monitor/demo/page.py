@@ -38,7 +38,7 @@ class Story:
     applied_at: int | None
     orders: int
     went_back: tuple[tuple[int, int], ...]  # from which step to which
-    rate_scale: float  # the smallest factor on the learning rate
+    rate_scale: float  # the factor on the learning rate that held in the end
     kss_weight: float
     loss: float | None
     accuracy: float
@@ -65,7 +65,7 @@ def tell(arm: Arm) -> Story:
         applied_at=obeyed,
         orders=int(arm.samples[-1].desired_generation or 0) if arm.enforce and arm.samples else 0,
         went_back=went_back,
-        rate_scale=_smallest_scale(arm),
+        rate_scale=_rate_scale(arm),
         kss_weight=max((line["kss_weight"] for line in steps), default=0.0),
         loss=result["loss"],
         accuracy=result["accuracy"],
@@ -109,8 +109,8 @@ def _done(looped: Story) -> str:
     return f"Ordered to, the run with the loop{first} {' and '.join(did) or 'obeyed'}"
 
 
-def _smallest_scale(arm: Arm) -> float:
-    """Return the smallest factor on the learning rate that the trainer acknowledged."""
+def _rate_scale(arm: Arm) -> float:
+    """Return the factor on the learning rate that the trainer last acknowledged as active."""
     try:
         active = json.loads((arm.folder / "control" / "applied.json").read_text(encoding="utf-8"))["active"]
     except (OSError, ValueError, KeyError):

@@ -9,7 +9,7 @@ import dataclasses
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import BinaryIO, Literal
 
@@ -214,10 +214,16 @@ def _level(cells: dict[str, Cell]) -> str:
 
 
 def _order(cells: dict[str, Cell]) -> str:
-    """Return what is ordered, in short: alpha, then the levers beside it, then whereto the trainer is sent back."""
-    short = {"alpha": "", "clip": "clip ", "learning_rate_scale": "lr x", "surprise": "surprise "}
-    asked = [f"{text}{value:g}" for name, text in short.items() if (value := cells[f"order_{name}"]) is not None]
-    asked += [] if cells["rollback_to"] is None else [f"back to {cells['rollback_to']}"]
+    return order_in_short({name: cells[f"order_{name}"] for name in _LEVERS}, cells["rollback_to"])
+
+
+_LEVERS = {"alpha": "", "clip": "clip ", "learning_rate_scale": "lr x", "surprise": "surprise "}
+
+
+def order_in_short(levers: Mapping[str, Cell], rollback_to: Cell) -> str:
+    """Return what is ordered: alpha, then the levers beside it, then whereto the trainer is sent back."""
+    asked = [f"{text}{value:g}" for name, text in _LEVERS.items() if (value := levers[name]) is not None]
+    asked += [] if rollback_to is None else [f"back to {rollback_to}"]
     return ", ".join(asked) or MISSING
 
 

@@ -10,6 +10,7 @@ from rksp_monitor.policy_replay import PolicyReplay, Sum
 from rksp_monitor.printable import counted, printable
 from rksp_monitor.report.columns import MISSING
 from rksp_monitor.report.drawing import draw, table
+from rksp_monitor.report.history import order_in_short
 
 LISTED = 40  # events that are listed; JSON has all
 SHORT = 2 * 3600.0  # seconds below which a run is told in minutes
@@ -71,7 +72,4 @@ def _ordered(decision: Decision) -> str:
     levers = decision.order
     if levers is None:
         return MISSING
-    back = [] if decision.rollback_to is None else [f"back to {decision.rollback_to}"]
-    beside = (("clip ", levers.clip), ("lr x", levers.learning_rate_scale), ("surprise ", levers.surprise))
-    short = [f"{name}{value:g}" for name, value in beside if value is not None]
-    return ", ".join([f"{levers.alpha:g}", *short, *back])
+    return order_in_short({"alpha": levers.alpha, **levers.beside}, decision.rollback_to)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rksp_core.features import SPECTRAL
+from rksp_core.features import SPECTRAL, WEIGHTS
 from training.experiments.early_warning.rules import Clause, Direction, Rule
 from training.experiments.early_warning.series import DISTANCES, FORMS, PLACES, Form, Series
 
@@ -39,7 +39,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "log_gradient_norm_worst",
         "gradient_norm_spike",
     ),
-    "weights": ("log_weight_norm_max", "log_weight_norm_head"),
+    "weights": WEIGHTS,
     "optimizer": ("log_update_ratio_max", "log_update_ratio_median", "second_moment_top_share", "momentum_cosine"),
     "model": (
         "log_attention_logit_max",
@@ -85,8 +85,6 @@ OWN_LEVEL = (
     "log_hidden_rms_last",
     "probe_loss",
 )
-# No sample is drawn for these, so sigmas of them would count the smoothness of the run.
-EXACT = ("log_weight_norm_max", "log_weight_norm_head")
 # Of which any two may form a conjunction, all against the trailing average.
 TOGETHER = (
     "near_unit_mass_min",
@@ -155,7 +153,9 @@ def candidates(cases: Cases) -> list[Candidate]:
         for metric in itertools.chain(*SOURCES.values())
         for form in FORMS
         for direction in _directions(metric)
-        if (form != "absolute" or metric not in OWN_LEVEL) and (form != "sigmas" or metric not in EXACT)
+        if (form != "absolute" or metric not in OWN_LEVEL)
+        # no sample is drawn for the weights, so sigmas of them would count the smoothness of the run
+        and (form != "sigmas" or metric not in WEIGHTS)
     ]
     found = [Candidate((key,), armed, row) for key in keys for armed in ARMED for row in (1, 2)]
     moves: list[Key] = [(metric, "trailing", _directions(metric)[0]) for metric in TOGETHER]

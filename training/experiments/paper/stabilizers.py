@@ -77,8 +77,9 @@ def _row(
     costs: Mapping[str, str],
 ) -> tuple[str, ...]:
     share = diverged(records)
-    known = theirs is not None and name != NONE
-    effect = side(theirs.diverged, their_nothing.diverged, share, nothing) if known and theirs else same(None)
+    effect = same(None)
+    if theirs is not None and name != NONE:
+        effect = side(theirs.diverged, their_nothing.diverged, share, nothing)
     paper = ("-",) * 4
     if theirs is not None:
         mass, cost = theirs.near_unit_mass, theirs.overhead
